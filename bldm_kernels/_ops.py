@@ -1,0 +1,502 @@
+"""Every operator of `torch.ops.bldm`: schema, fake kernel, autograd, and the canonical call a backend receives.
+
+An op `name(...) -> Tensor` that sampling calls in a loop has a twin `name_out(..., *, out)`. For both, `_run_name` brings the
+arguments into canonical form and calls the chosen backend's kernel, which fills `out`. Canonical tensors are contiguous:
+logits (B, R, C), packed (B, R, P) with P = ceil(C / 8), coefficients (1 or B, 4) float32. The public functions check
+arguments before they come here; the dispatcher key is the composite one, so every device and every torch tool works.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import select
+
+_library = torch.library.Library("bldm", "DEF")
+_RANDOM = "SymInt seed, SymInt step, SymInt sample_offset, Tensor? seed_tensor, Tensor? step_tensor"
+
+
+def _define(name: str, arguments: str, run: Callable[..., None], allocate: Callable[..., Any], *, out: bool) -> None:
+    """Define `name` (allocates, then runs), and with `out` also `name_out` (writes into the caller's tensor)."""
+
+    def functional(*args: Any) -> Any:
+        result = allocate(*args)
+        run(*args, *(result if isinstance(result, tuple) else (result,)))
+        return result
+
+    results = "(Tensor, Tensor)" if name == "hamming_topk" else "Tensor"
+    _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, functional, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bldm::{name}", allocate, lib=_library)
+    if out:
+
+        def write(*args: Any, out: Tensor) -> None:
+            run(*args, out)
+
+        _library.define(f"{name}_out({arguments}, *, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(f"{name}_out", write, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"bldm::{name}_out", lambda *args, out: None, lib=_library)
+
+
+def num_bytes(num_bits: int) -> int:
+    return (num_bits + 7) // 8
+
+
+def _result_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, ..., K) -> (B, R, K) contiguous."""
+    rows = 1
+    for size in x.shape[1:-1]:
+        rows *= size
+    return x.contiguous().view(x.shape[0], rows, x.shape[-1])
+
+
+def _split(x: Tensor, dim: int) -> tuple[Tensor, int, int]:
+    """Contiguous x with its shape seen as (outer, dim, inner): one pass over the tensor as it lies in memory."""
+    moved = x.movedim(dim, -1)
+    if moved.is_contiguous():
+        x, dim = moved, -1
+    x = x.contiguous()
+    dim = dim % x.dim()
+    outer = inner = 1
+    for size in x.shape[:dim]:
+        outer *= size
+    for size in x.shape[dim + 1 :]:
+        inner *= size
+    return x, outer, inner
+
+
+# --- packed bits -----------------------------------------------------------------------------------------------------
+def _packed_shape(x: Tensor, dim: int) -> list[int]:
+    shape = list(x.shape)
+    channels = shape.pop(dim)
+    return [*shape, num_bytes(channels)]
+
+
+def _allocate_pack_bits(x: Tensor, dim: int) -> Tensor:
+    return x.new_empty(_packed_shape(x, dim), dtype=torch.uint8)
+
+
+def _run_pack_bits(x: Tensor, dim: int, out: Tensor) -> None:
+    channels = x.shape[dim]
+    x, outer, inner = _split(x, dim)
+    if out.numel():
+        kernel = select("pack_bits", out.device)
+        kernel(x.view(outer, channels, inner), out.view(outer, inner, out.shape[-1]))
+
+
+_define("pack_bits", "Tensor x, int dim", _run_pack_bits, _allocate_pack_bits, out=True)
+
+
+def _allocate_unpack_bits(packed: Tensor, num_bits: int, dtype: torch.dtype, dim: int) -> Tensor:
+    shape = list(packed.shape[:-1])
+    shape.insert(dim % packed.dim(), num_bits)
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _run_unpack_bits(packed: Tensor, num_bits: int, dtype: torch.dtype, dim: int, out: Tensor) -> None:
+    if not out.numel():
+        return
+    dim = dim % out.dim()
+    outer = inner = 1
+    for size in out.shape[:dim]:
+        outer *= size
+    for size in out.shape[dim + 1 :]:
+        inner *= size
+    kernel = select("unpack_bits", out.device)
+    kernel(packed.contiguous().view(outer, inner, packed.shape[-1]), out.view(outer, num_bits, inner))
+
+
+_define(
+    "unpack_bits",
+    "Tensor packed, SymInt num_bits, ScalarType dtype, int dim",
+    _run_unpack_bits,
+    _allocate_unpack_bits,
+    out=True,
+)
+
+
+def _run_random_bits(num_bits: int, seed: int, sample_offset: int, seed_tensor: Tensor | None, out: Tensor) -> None:
+    if out.numel():
+        select("random_bits", out.device)(num_bits, seed, sample_offset, seed_tensor, _rows(out))
+
+
+# A factory has no tensor to dispatch on: only the out form exists, the public function allocates.
+_library.define(
+    "random_bits_out(SymInt num_bits, SymInt seed, SymInt sample_offset, Tensor? seed_tensor, *, Tensor(a!) out) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("random_bits_out", lambda *args, out: _run_random_bits(*args, out), "CompositeExplicitAutograd")
+torch.library.register_fake("bldm::random_bits_out", lambda *args, out: None, lib=_library)
+
+
+# --- the Bernoulli diffusion step ------------------------------------------------------------------------------------
+def _coefficient_rows(coefficients: Tensor) -> Tensor:
+    return coefficients.contiguous().view(-1, 4)
+
+
+def _broadcast_samples(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask for every sample (B, ..., P) or one for all (..., P) -> (B or 1, R, P)."""
+    if x is None:
+        return None
+    return _rows(x if x.dim() == like.dim() else x.unsqueeze(0))
+
+
+def _run_flip_step(
+    logits: Tensor,
+    x_t: Tensor,
+    coefficients: Tensor,
+    seed: int,
+    step: int,
+    sample_offset: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    temperature: float,
+    x0_prediction: bool,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    keep_mask: Tensor | None,
+    keep_bits: Tensor | None,
+    nonfinite: Tensor | None,
+    out: Tensor,
+) -> None:
+    if not out.numel():
+        return
+    kernel = select("flip_step", out.device, logits.dtype)
+    kernel(
+        _rows(logits),
+        _rows(x_t),
+        _coefficient_rows(coefficients),
+        seed,
+        step,
+        sample_offset,
+        seed_tensor,
+        step_tensor,
+        temperature,
+        x0_prediction,
+        None if uncond_logits is None else _rows(uncond_logits),
+        guidance_scale,
+        _broadcast_samples(keep_mask, x_t),
+        _broadcast_samples(keep_bits, x_t),
+        nonfinite,
+        _rows(out),
+    )
+
+
+_STEP_ARGUMENTS = (
+    f"Tensor logits, Tensor x_t, Tensor coefficients, {_RANDOM}, float temperature, bool x0_prediction, "
+    "Tensor? uncond_logits, float guidance_scale, Tensor? keep_mask, Tensor? keep_bits"
+)
+# The counter of non-finite logits is written too, so both forms of the op say so in their schema.
+_library.define(
+    f"flip_step({_STEP_ARGUMENTS}, Tensor(b!)? nonfinite) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    f"flip_step_out({_STEP_ARGUMENTS}, Tensor(b!)? nonfinite, *, Tensor(a!) out) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _flip_step(logits: Tensor, x_t: Tensor, *args: Any) -> Tensor:
+    out = torch.empty_like(x_t, memory_format=torch.contiguous_format)
+    _run_flip_step(logits, x_t, *args, out)
+    return out
+
+
+_library.impl("flip_step", _flip_step, "CompositeExplicitAutograd")
+_library.impl("flip_step_out", lambda *args, out: _run_flip_step(*args, out), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "bldm::flip_step",
+    lambda logits, x_t, *args: torch.empty_like(x_t, memory_format=torch.contiguous_format),
+    lib=_library,
+)
+torch.library.register_fake("bldm::flip_step_out", lambda *args, out: None, lib=_library)
+
+
+def _allocate_flip_probability(
+    logits: Tensor, x_t: Tensor, coefficients: Tensor, temperature: float, x0_prediction: bool
+) -> Tensor:
+    return logits.new_empty(logits.shape, dtype=_result_dtype(logits))
+
+
+def _run_flip_probability(
+    logits: Tensor, x_t: Tensor, coefficients: Tensor, temperature: float, x0_prediction: bool, out: Tensor
+) -> None:
+    if out.numel():
+        kernel = select("flip_probability", out.device, logits.dtype)
+        kernel(_rows(logits), _rows(x_t), _coefficient_rows(coefficients), temperature, x0_prediction, _rows(out))
+
+
+_PROBABILITY_ARGUMENTS = "Tensor logits, Tensor x_t, Tensor coefficients, float temperature, bool x0_prediction"
+_define("flip_probability", _PROBABILITY_ARGUMENTS, _run_flip_probability, _allocate_flip_probability, out=False)
+
+
+def _run_flip_probability_backward(
+    grad: Tensor,
+    logits: Tensor,
+    x_t: Tensor,
+    coefficients: Tensor,
+    temperature: float,
+    x0_prediction: bool,
+    out: Tensor,
+) -> None:
+    if out.numel():
+        kernel = select("flip_probability_backward", out.device, logits.dtype)
+        rows = _coefficient_rows(coefficients)
+        kernel(_rows(grad), _rows(logits), _rows(x_t), rows, temperature, x0_prediction, _rows(out))
+
+
+def _allocate_like_logits(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_define(
+    "flip_probability_backward",
+    f"Tensor grad, {_PROBABILITY_ARGUMENTS}",
+    _run_flip_probability_backward,
+    _allocate_like_logits,
+    out=False,
+)
+
+
+def _run_add_noise(
+    x_0: Tensor,
+    flip_probability: Tensor,
+    num_bits: int,
+    seed: int,
+    step: int,
+    sample_offset: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    out: Tensor,
+) -> None:
+    if out.numel():
+        kernel = select("add_noise", out.device)
+        probability = flip_probability.contiguous().view(-1)
+        kernel(
+            _rows(x_0), probability, num_bits, seed, step, sample_offset, seed_tensor, step_tensor, _rows(out)
+        )
+
+
+_define(
+    "add_noise",
+    f"Tensor x_0, Tensor flip_probability, SymInt num_bits, {_RANDOM}",
+    _run_add_noise,
+    lambda x_0, *args: torch.empty_like(x_0, memory_format=torch.contiguous_format),
+    out=True,
+)
+
+
+# --- binarize --------------------------------------------------------------------------------------------------------
+def _run_binarize(
+    logits: Tensor,
+    dim: int,
+    bernoulli: bool,
+    seed: int,
+    step: int,
+    sample_offset: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    out: Tensor,
+) -> None:
+    """The kernel sees logits (B, O, C, I) and writes packed (B, O I, P): channels last is I = 1, (B, C, H, W) is O = 1."""
+    if out.numel():
+        batch, channels = logits.shape[0], logits.shape[dim]
+        logits, outer, inner = _split(logits, dim)
+        kernel = select("binarize", out.device, logits.dtype)
+        view = logits.view(batch, outer // batch, channels, inner)
+        kernel(view, bernoulli, seed, step, sample_offset, seed_tensor, step_tensor, out.view(batch, -1, out.shape[-1]))
+
+
+_define(
+    "binarize",
+    f"Tensor logits, int dim, bool bernoulli, {_RANDOM}",
+    _run_binarize,
+    lambda logits, dim, *args: _allocate_pack_bits(logits, dim),
+    out=True,
+)
+
+
+def _run_straight_through(logits: Tensor, packed: Tensor, dim: int, out: Tensor) -> None:
+    _run_unpack_bits(packed, logits.shape[dim], logits.dtype, dim, out)
+
+
+_define(
+    "straight_through",
+    "Tensor logits, Tensor packed, int dim",
+    _run_straight_through,
+    lambda logits, packed, dim: logits.new_empty(logits.shape),
+    out=False,
+)
+
+
+def _straight_through_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _straight_through_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    """The bits stand for sigmoid(logits) in the backward pass (Bengio et al. 2013; BLD eq. 4)."""
+    (logits,) = ctx.saved_tensors
+    return torch.ops.aten.sigmoid_backward(grad.to(logits.dtype), torch.sigmoid(logits)), None, None
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+_LOSS_ARGUMENTS = "Tensor logits, Tensor x_0, Tensor x_t, float focal_gamma, bool balanced, bool x0_prediction"
+
+
+def _run_flip_loss(
+    logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool, out: Tensor
+) -> None:
+    if logits.numel():
+        kernel = select("flip_loss", out.device, logits.dtype)
+        kernel(_rows(logits), _rows(x_0), _rows(x_t), focal_gamma, balanced, x0_prediction, out)
+    else:
+        out.zero_()
+
+
+_define(
+    "flip_loss",
+    _LOSS_ARGUMENTS,
+    _run_flip_loss,
+    lambda logits, *args: logits.new_empty(logits.shape[:1], dtype=_result_dtype(logits)),
+    out=False,
+)
+
+
+def _run_flip_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    focal_gamma: float,
+    balanced: bool,
+    x0_prediction: bool,
+    out: Tensor,
+) -> None:
+    if out.numel():
+        kernel = select("flip_loss_backward", out.device, logits.dtype)
+        rows = (_rows(logits), _rows(x_0), _rows(x_t))
+        kernel(grad.contiguous(), *rows, focal_gamma, balanced, x0_prediction, _rows(out))
+
+
+_define("flip_loss_backward", f"Tensor grad, {_LOSS_ARGUMENTS}", _run_flip_loss_backward, _allocate_like_logits, out=False)
+
+
+# --- products with bits, distances -----------------------------------------------------------------------------------
+def _run_embed_bits(packed: Tensor, weight: Tensor, bias: Tensor | None, signed: bool, out: Tensor) -> None:
+    if out.numel():
+        kernel = select("embed_bits", out.device, weight.dtype)
+        bias = None if bias is None else bias.contiguous()
+        rows = packed.contiguous().view(-1, packed.shape[-1])
+        kernel(rows, weight.contiguous(), bias, signed, out.view(-1, out.shape[-1]))
+
+
+_define(
+    "embed_bits",
+    "Tensor packed, Tensor weight, Tensor? bias, bool signed",
+    _run_embed_bits,
+    lambda packed, weight, bias, signed: weight.new_empty((*packed.shape[:-1], weight.shape[1])),
+    out=True,
+)
+
+
+def _run_embed_bits_backward(grad: Tensor, packed: Tensor, num_bits: int, signed: bool, out: Tensor) -> None:
+    if grad.numel():
+        kernel = select("embed_bits_backward", out.device, grad.dtype)
+        rows = packed.contiguous().view(-1, packed.shape[-1])
+        kernel(grad.contiguous().view(-1, grad.shape[-1]), rows, num_bits, signed, out)
+    else:
+        out.zero_()
+
+
+_define(
+    "embed_bits_backward",
+    "Tensor grad, Tensor packed, SymInt num_bits, bool signed",
+    _run_embed_bits_backward,
+    lambda grad, packed, num_bits, signed: grad.new_empty((num_bits, grad.shape[-1])),
+    out=False,
+)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.contiguous().view(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], 0)
+
+
+def _run_hamming_distance(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.numel():
+        select("hamming_distance", out.device)(_flat(a), _flat(b), out)
+    else:
+        out.zero_()
+
+
+_define(
+    "hamming_distance",
+    "Tensor a, Tensor b",
+    _run_hamming_distance,
+    lambda a, b: a.new_empty(a.shape[:1], dtype=torch.int32),
+    out=False,
+)
+
+
+def _run_hamming_topk(queries: Tensor, database: Tensor, k: int, distances: Tensor, indices: Tensor) -> None:
+    if distances.numel():
+        select("hamming_topk", distances.device)(_flat(queries), _flat(database), k, distances, indices)
+
+
+_define(
+    "hamming_topk",
+    "Tensor queries, Tensor database, int k",
+    _run_hamming_topk,
+    lambda queries, database, k: (
+        queries.new_empty((queries.shape[0], k), dtype=torch.int32),
+        queries.new_empty((queries.shape[0], k), dtype=torch.int64),
+    ),
+    out=False,
+)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+def _flip_probability_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, x_t, coefficients, ctx.temperature, ctx.x0_prediction = inputs
+    ctx.save_for_backward(logits, x_t, coefficients)
+
+
+def _flip_probability_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    gradient = torch.ops.bldm.flip_probability_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.x0_prediction)
+    return gradient, None, None, None, None
+
+
+def _flip_loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _flip_loss_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    gradient = torch.ops.bldm.flip_loss_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return gradient, None, None, None, None, None
+
+
+def _embed_bits_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    packed, weight, bias, ctx.signed = inputs
+    ctx.num_bits, ctx.has_bias = weight.shape[0], bias is not None
+    ctx.save_for_backward(packed)
+
+
+def _embed_bits_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (packed,) = ctx.saved_tensors
+    weight = torch.ops.bldm.embed_bits_backward(grad, packed, ctx.num_bits, ctx.signed)
+    return None, weight, grad.flatten(0, -2).sum(0) if ctx.has_bias else None, None
+
+
+for _name, _context, _backward in (
+    ("straight_through", _straight_through_context, _straight_through_backward),
+    ("flip_probability", _flip_probability_context, _flip_probability_grad),
+    ("flip_loss", _flip_loss_context, _flip_loss_grad),
+    ("embed_bits", _embed_bits_context, _embed_bits_grad),
+):
+    torch.library.register_autograd(f"bldm::{_name}", _backward, setup_context=_context, lib=_library)

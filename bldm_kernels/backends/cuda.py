@@ -1,0 +1,7 @@
+"""Backend `cuda`: CUDA kernels of the extension `bldm_kernels._native`."""
+
+from ..dispatch import Backend
+
+
+def load() -> Backend:
+    return Backend("cuda", ("cuda",), "not built")
