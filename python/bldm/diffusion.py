@@ -1,0 +1,91 @@
+"""BinaryLatentDiffusion: autoencoder, denoiser and schedule as one model that paints images."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import bldm_kernels as bk
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import BinaryAutoencoder
+from .checkpoint import PretrainedModel
+from .denoiser import BinaryDenoiser
+from .sampler import FastSampler, StepInfo
+
+
+class BinaryLatentDiffusion(nn.Module, PretrainedModel):
+    """A binary autoencoder with a Bernoulli diffusion over its bits (Wang et al., CVPR 2023).
+
+    Args:
+        autoencoder: arguments of `BinaryAutoencoder`.
+        denoiser: arguments of `BinaryDenoiser`; positions, bits and steps default to the autoencoder's grid and `num_steps`.
+        schedule: kind of the `BernoulliSchedule`.
+        num_steps: T.
+        prediction: "flip" or "x_0".
+        class_names: names of the classes 0, 1, ... of a class-conditional model.
+    """
+
+    def __init__(
+        self,
+        autoencoder: dict[str, Any],
+        denoiser: dict[str, Any],
+        schedule: str = "linear",
+        num_steps: int = 256,
+        prediction: str = "flip",
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        self.autoencoder = BinaryAutoencoder(**autoencoder)
+        *grid, num_bits = self.autoencoder.latent_shape
+        fitting = {"num_positions": grid[0] * grid[1], "num_bits": num_bits, "num_steps": num_steps}
+        self.denoiser = BinaryDenoiser(**{**fitting, **denoiser})
+        self.schedule = bk.BernoulliSchedule(schedule, num_steps)
+        self.prediction = prediction
+        self.class_names = None if class_names is None else list(class_names)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(h, w, C): bits of one latent."""
+        return tuple(self.autoencoder.latent_shape)
+
+    def sampler(self, **options: Any) -> FastSampler:
+        """A `FastSampler` over this model's latents; options as there (rule, final, device, autocast, ...)."""
+        return FastSampler(
+            self.denoiser, self.schedule, latent_shape=self.latent_shape, prediction=self.prediction, **options
+        )
+
+    def sample(
+        self,
+        num_samples: int,
+        steps: int = 16,
+        *,
+        labels: int | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        temperature: float = 1.0,
+        rule: str = "plugin",
+        batch_size: int | None = None,
+        callback: Callable[[StepInfo], None] | None = None,
+    ) -> Tensor:
+        """Images (B, channels, H, W) in [-1, 1]; arguments as in `FastSampler.sample`, `labels` being its condition."""
+        latents = self.sampler(rule=rule).sample(
+            num_samples,
+            steps,
+            cond=labels,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            temperature=temperature,
+            batch_size=batch_size,
+            callback=callback,
+        )
+        return self.decode(latents, batch_size=batch_size)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
+        """Packed latents (B, h, w, P) -> images (B, channels, H, W) in [-1, 1]."""
+        return torch.cat([self.autoencoder.decode(part) for part in latents.split(batch_size or max(len(latents), 1))])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, seed: int | None = None) -> Tensor:
+        """Images in [-1, 1] -> packed latents; Bernoulli bits with a seed, thresholded without."""
+        return self.autoencoder.encode(images, seed=seed)
