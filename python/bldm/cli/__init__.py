@@ -1,0 +1,14 @@
+"""The command line: `bldm sample | reconstruct | train-autoencoder | train | doctor`. One file a command."""
+
+import typer
+
+from . import doctor, reconstruct, sample, train
+
+app = typer.Typer(
+    name="bldm", help="Binary latent diffusion: sample, train, inspect.", no_args_is_help=True, add_completion=False
+)
+app.command("sample")(sample.sample)
+app.command("reconstruct")(reconstruct.reconstruct)
+app.command("train-autoencoder")(train.train_autoencoder)
+app.command("train")(train.train)
+app.command("doctor")(doctor.doctor)
