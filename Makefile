@@ -1,0 +1,36 @@
+# make demo: install and paint samples.  make test: install and run every test.  Both set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Only this project's own pins decide what is installed.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test lint types bench install clean
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/bldm sample
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info bldm_kernels/_native*.so

@@ -1,0 +1,135 @@
+"""Quality of a Fashion-MNIST model: do samples look like their label, and how far are they from the test set?
+
+    python benchmarks/quality/fashion_mnist.py --data /usr/share/datasets/fashion-mnist
+
+Trains a small classifier (92% test accuracy or the script stops), then measures: the share of samples it gives their label, and
+the Frechet distance in its features between 10,000 images and the 10,000 test images, for samples (as a function of steps, rule
+and guidance), for reconstructions, and for real training images. Writes one JSON file and one plot.
+"""
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bldm import BinaryLatentDiffusion, bundled_model
+from bldm.checkpoint import write_atomically
+from bldm.data import load_images
+from classifier import evaluate, frechet_distance, train_classifier
+
+STEPS, RULES, GUIDANCE = (4, 8, 16, 32, 64), ("plugin", "marginal"), (1.0, 2.0)
+
+
+def commit() -> str:
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def plot(rows: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for rule in RULES:
+        for guidance in GUIDANCE:
+            line = [r for r in rows if r["rule"] == rule and r["guidance"] == guidance]
+            style = "-" if guidance == 1 else "--"
+            axes.plot([r["steps"] for r in line], [r["frechet"] for r in line], style, marker="o", label=f"{rule}, guidance {guidance:g}")
+    for name, value in baselines.items():
+        axes.axhline(value, color="grey", linewidth=0.8)
+        axes.text(STEPS[0], value, name, fontsize=8, va="bottom", color="grey")
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance to the test set")
+    axes.set_xticks(STEPS, [str(s) for s in STEPS])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with the IDX files")] = Path("/usr/share/datasets/fashion-mnist"),
+    model: Annotated[Path | None, typer.Option(help="Model folder [default: bundled]")] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples for each figure")] = 10_000,
+    epochs: Annotated[int, typer.Option(help="Epochs of the classifier")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Samples at once")] = 2500,
+    out: Annotated[Path, typer.Option()] = Path("benchmarks/results/fashion_mnist_quality.json"),
+    picture: Annotated[Path, typer.Option()] = Path("docs/images/fashion_mnist_quality.png"),
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    train, test = load_images(data, "train"), load_images(data, "test")
+    assert train.labels is not None and test.labels is not None
+    classifier = train_classifier(train.images, train.labels, epochs, device)
+    test_images = (test.images.float() / 127.5 - 1).to(device)
+    predicted, real = evaluate(classifier, test_images)
+    accuracy = (predicted.cpu() == test.labels).float().mean().item()
+    print(f"classifier: {accuracy:.4f} test accuracy")
+    if accuracy < 0.92:
+        raise SystemExit("the classifier is below 92% test accuracy: its judgement is not worth reporting")
+
+    loaded = BinaryLatentDiffusion.from_pretrained(model or bundled_model(), map_location=device)
+    subset = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[: len(test_images)]
+    training = (train.images[subset].float() / 127.5 - 1).to(device)
+    decoded = torch.cat([loaded.decode(loaded.encode(x)) for x in test_images.split(1000)])
+    decoded_predicted, decoded_features = evaluate(classifier, decoded)
+    result: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "num_samples": num_samples,
+        "classifier_test_accuracy": round(accuracy, 4),
+        "real_training_images": {"frechet": round(frechet_distance(evaluate(classifier, training)[1], real), 4)},
+        "reconstructions": {
+            "frechet": round(frechet_distance(decoded_features, real), 4),
+            "classified_as_their_label": round((decoded_predicted.cpu() == test.labels).float().mean().item(), 4),
+            "mean_absolute_error": round((decoded - test_images).abs().mean().item() / 2, 5),
+        },
+        "samples": [],
+    }
+    labels = (torch.arange(num_samples) * 10 // num_samples).to(device)
+    for rule in RULES:
+        for guidance in GUIDANCE:
+            for steps in STEPS:
+                images = loaded.sample(
+                    num_samples,
+                    steps,
+                    labels=labels,
+                    guidance_scale=guidance,
+                    rule=rule,
+                    seed=steps,
+                    batch_size=batch_size,
+                )
+                classes, features = evaluate(classifier, images)
+                right = (classes == labels).float()
+                row = {
+                    "rule": rule,
+                    "guidance": guidance,
+                    "steps": steps,
+                    "classified_as_their_label": round(right.mean().item(), 4),
+                    "frechet": round(frechet_distance(features, real), 4),
+                    "by_class": [round(right[labels == c].mean().item(), 3) for c in range(10)],
+                }
+                result["samples"].append(row)
+                print(row)
+    result["minutes"] = round((time.perf_counter() - start) / 60, 2)
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomically(out, lambda name: Path(name).write_text(text))
+    baselines = {"reconstructions": result["reconstructions"]["frechet"]}
+    baselines["real training images"] = result["real_training_images"]["frechet"]
+    plot(result["samples"], baselines, picture)
+    print(f"{out}, {picture}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
