@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Is this GPU machine fine? Builds the extension in place, prints what there is, runs the whole test suite with nothing skipped for
+# want of a GPU, and compute-sanitizer over a reduced set. Logs go to the folder given (default: out/gpu).
+#
+#     bash tests/gpu.sh [folder]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-out/gpu}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+status=0
+
+step() { # name, seconds, command...
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    local code=$?
+    echo "$name: exit $code in $((SECONDS - start)) s"
+    [ $code -eq 0 ] || { status=1; tail -n 40 "$out/$name.log"; }
+}
+
+step build 300 env BLDM_BUILD_CPU=1 BLDM_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
+step doctor 60 "$python" -m bldm_kernels
+cat "$out/doctor.log"
+step tests 600 env BLDM_TEST_REQUIRE_GPU=1 "$python" -m pytest -q -n "${WORKERS:-8}" --durations=15 tests
+tail -n 5 "$out/tests.log"
+if [ -z "${SKIP_SANITIZER:-}" ]; then
+    for tool in memcheck racecheck initcheck synccheck; do
+        step "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tests/sanitize.py
+    done
+fi
+exit $status

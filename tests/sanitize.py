@@ -1,0 +1,33 @@
+"""Every CUDA kernel once on small odd shapes, without pytest: what compute-sanitizer runs (see tests/gpu.sh)."""
+
+import bldm_kernels as bk
+import torch
+
+device = "cuda"
+bk.use_backend("cuda")
+schedule = bk.BernoulliSchedule("linear", 16)
+table = schedule.coefficients(schedule.timesteps(4)).to(device)
+
+for channels in (7, 64, 100):
+    for dtype in (torch.float32, torch.bfloat16):
+        shape = (3, 5, channels)
+        logits = torch.randn(shape, device=device).to(dtype)
+        x_0 = bk.random_bits(3, shape[1:], seed=1, device=device)
+        x_t = bk.add_noise(x_0, 0.2, seed=2, num_bits=channels)
+        rows = table[0].expand(3, 4).contiguous()
+        nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
+        for prediction in ("flip", "x_0"):
+            guided = {"uncond_logits": logits * 0.5, "guidance_scale": 2.0, "keep_mask": x_0[0], "keep_bits": x_t[0]}
+            bk.flip_step(logits, x_t, rows, seed=3, step=1, prediction=prediction, nonfinite=nonfinite, **guided)
+            learnt = logits.float().requires_grad_()
+            bk.flip_probability(learnt, x_t, rows, prediction=prediction).sum().backward()
+            bk.flip_loss(learnt, x_0, x_t, focal_gamma=1.0, prediction=prediction).backward()
+        images = torch.randn(3, channels, 4, 5, device=device).to(dtype)
+        packed = bk.binarize(images, seed=4, dim=1)
+        assert torch.equal(bk.pack_bits(bk.unpack_bits(packed, channels, dtype, dim=1), 1), packed)
+        weight = torch.randn(channels, 48, device=device).to(dtype).requires_grad_()
+        bk.embed_bits(x_0, weight).float().sum().backward()
+        bk.hamming_distance(x_0, x_t)
+        bk.hamming_topk(x_0, bk.random_bits(50, shape[1:], seed=5, device=device), 3)
+torch.cuda.synchronize()
+print("ok")
