@@ -17,9 +17,9 @@ class Target(NamedTuple):
     device: str
 
     @property
-    def interpreted(self) -> bool:
-        """Triton in its interpreter: exact, but far too slow for large inputs."""
-        return self.backend == "triton" and self.device == "cpu"
+    def fast(self) -> bool:
+        """Fit for many and large inputs: Triton's interpreter is exact, but far too slow for them."""
+        return HAS_GPU or self.backend in ("torch", "cpu")
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
