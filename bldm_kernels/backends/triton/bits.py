@@ -1,0 +1,177 @@
+"""pack_bits, unpack_bits, random_bits."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    NOT_SPECIALIZED,
+    NUM_WARPS,
+    RANDOM_BITS,
+    byte_grid,
+    byte_tile,
+    on_device,
+    pack,
+    random_words,
+    unpack,
+    value_or_load,
+)
+
+COLUMN_BYTES = 8  # channels in the middle, (outer, C, inner): bytes a position ...
+COLUMN_BLOCK = 1024  # ... and bytes a program
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def _is_set(x, PREDICATE: tl.constexpr):
+    if PREDICATE == "positive":
+        return x.to(tl.float32) > 0
+    elif PREDICATE == "nonzero_float":  # the bits of a float: all but the sign
+        return (x << 1) != 0
+    else:
+        return x != 0
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def pack_rows(
+    x, out, num_samples, sample_bytes, num_bits, PREDICATE: tl.constexpr, SAMPLES: tl.constexpr, BYTES: tl.constexpr
+):
+    """(rows, C) -> (rows, P): here a "sample" is one row."""
+    row, byte, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
+    channel = (byte * 8)[:, None] + tl.arange(0, 8)[None, :]
+    values = tl.load(x + (row * num_bits)[:, None] + channel, exists[:, None] & (channel < num_bits), 0)
+    tl.store(out + row * sample_bytes + byte, pack(_is_set(values, PREDICATE)), exists)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def unpack_rows(
+    packed, out, num_samples, sample_bytes, num_bits, ONE: tl.constexpr, SAMPLES: tl.constexpr, BYTES: tl.constexpr
+):
+    """(rows, P) -> (rows, C)."""
+    row, byte, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
+    channel = (byte * 8)[:, None] + tl.arange(0, 8)[None, :]
+    bits = unpack(tl.load(packed + row * sample_bytes + byte, exists, 0)).to(out.dtype.element_ty)
+    tl.store(out + (row * num_bits)[:, None] + channel, bits * ONE, exists[:, None] & (channel < num_bits))
+
+
+@triton.jit
+def _column_tile(inner, row_bytes, POSITIONS: tl.constexpr, BYTES: tl.constexpr):
+    """[POSITIONS, 1], [1, BYTES]: outer index, position, byte, and [POSITIONS, BYTES] whether they exist."""
+    position_blocks, byte_blocks = tl.cdiv(inner, POSITIONS), tl.cdiv(row_bytes, BYTES)
+    program = tl.program_id(0)
+    outer = (program // (position_blocks * byte_blocks)).to(tl.int64)
+    position = (program // byte_blocks % position_blocks).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
+    byte = (program % byte_blocks).to(tl.int64) * BYTES + tl.arange(0, BYTES)[None, :]
+    return outer, position, byte, (position < inner) & (byte < row_bytes)
+
+
+@triton.jit
+def pack_columns(
+    x, out, inner, row_bytes, num_bits, PREDICATE: tl.constexpr, POSITIONS: tl.constexpr, BYTES: tl.constexpr
+):
+    """(outer, C, inner) -> (outer, inner, P), one pass with reads along inner."""
+    outer, position, byte, exists = _column_tile(inner, row_bytes, POSITIONS, BYTES)
+    packed = tl.zeros((POSITIONS, BYTES), tl.int32)
+    for lane in tl.static_range(8):
+        channel = byte * 8 + lane
+        values = tl.load(x + (outer * num_bits + channel) * inner + position, exists & (channel < num_bits), 0)
+        packed |= tl.where(_is_set(values, PREDICATE), 1 << lane, 0)
+    tl.store(out + (outer * inner + position) * row_bytes + byte, packed.to(tl.uint8), exists)
+
+
+@triton.jit
+def unpack_columns(
+    packed, out, inner, row_bytes, num_bits, ONE: tl.constexpr, POSITIONS: tl.constexpr, BYTES: tl.constexpr
+):
+    """(outer, inner, P) -> (outer, C, inner)."""
+    outer, position, byte, exists = _column_tile(inner, row_bytes, POSITIONS, BYTES)
+    values = tl.load(packed + (outer * inner + position) * row_bytes + byte, exists, 0).to(tl.int32)
+    for lane in tl.static_range(8):
+        channel = byte * 8 + lane
+        bits = ((values >> lane) & 1).to(out.dtype.element_ty)
+        tl.store(out + (outer * num_bits + channel) * inner + position, bits * ONE, exists & (channel < num_bits))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def draw_bits(
+    out,
+    seed: tl.int64,
+    seed_tensor,
+    sample_offset: tl.int64,
+    num_samples,
+    sample_bytes,
+    row_bytes,
+    num_bits,
+    SAMPLES: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """Fair coin flips: a bit is set when its 16-bit lane is below 2^15, that is when the lane's top bit is 0."""
+    sample, byte, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
+    key = value_or_load(seed, seed_tensor)
+    w0, w1, w2, w3 = random_words(RANDOM_BITS, key, tl.cast(0, tl.int64), sample + sample_offset, byte)
+    low = (w0 >> 15 & 1) | (w1 >> 13 & 4) | (w2 >> 11 & 16) | (w3 >> 9 & 64)
+    high = (w0 >> 30 & 2) | (w1 >> 28 & 8) | (w2 >> 26 & 32) | (w3 >> 24 & 128)
+    bits = (low | high) ^ 0xFF
+    left = num_bits - (byte % row_bytes) * 8
+    bits = tl.where(left < 8, bits & ((1 << tl.minimum(left, 8).to(tl.uint32)) - 1), bits)
+    tl.store(out + sample * sample_bytes + byte, bits.to(tl.uint8), exists)
+
+
+def _rows(packed: Tensor, num_bits: int) -> tuple[int, int, int]:
+    """(rows, bytes, bits) of packed (outer, 1, P): one long row when there is no padding between rows."""
+    if num_bits % 8 == 0:
+        return 1, packed.numel(), packed.numel() * 8
+    return packed.shape[0], packed.shape[2], num_bits
+
+
+def _column_grid(packed: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    outer, inner, row_bytes = packed.shape
+    num_bytes = min(triton.next_power_of_2(row_bytes), COLUMN_BYTES)
+    positions = min(triton.next_power_of_2(inner), COLUMN_BLOCK // num_bytes)
+    grid = outer * triton.cdiv(inner, positions) * triton.cdiv(row_bytes, num_bytes)
+    return (grid,), {"POSITIONS": positions, "BYTES": num_bytes, "num_warps": NUM_WARPS}
+
+
+def pack_where(x: Tensor, predicate: str, out: Tensor) -> None:
+    """(outer, C, inner) -> packed (outer, inner, P): the bits where x is "positive", "nonzero" or, seen as the integers
+    that hold its bits, "nonzero_float"."""
+    num_bits, inner = x.shape[1:]
+    with on_device(x):
+        if inner == 1:
+            rows, row_bytes, row_bits = _rows(out, num_bits)
+            grid, tile = byte_grid(rows, row_bytes)
+            pack_rows[grid](x, out, rows, row_bytes, row_bits, predicate, **tile)
+        else:
+            grid, tile = _column_grid(out)
+            pack_columns[grid](x, out, inner, out.shape[2], num_bits, predicate, **tile)
+
+
+def pack_bits(x: Tensor, out: Tensor) -> None:
+    if x.is_complex():
+        x = x != 0
+    predicate = "nonzero_float" if x.is_floating_point() else "nonzero"
+    pack_where(x.view(_INTEGER[x.element_size()]), predicate, out)
+
+
+def unpack_bits(packed: Tensor, out: Tensor) -> None:
+    integer = _INTEGER[out.element_size()]
+    one = int(torch.ones((), dtype=out.dtype).view(integer))  # the bits of a 1 in any dtype
+    out = out.view(integer)
+    num_bits, inner = out.shape[1:]
+    with on_device(packed):
+        if inner == 1:
+            rows, row_bytes, row_bits = _rows(packed, num_bits)
+            grid, tile = byte_grid(rows, row_bytes)
+            unpack_rows[grid](packed, out, rows, row_bytes, row_bits, one, **tile)
+        else:
+            grid, tile = _column_grid(packed)
+            unpack_columns[grid](packed, out, inner, packed.shape[2], num_bits, one, **tile)
+
+
+def random_bits(num_bits: int, seed: int, sample_offset: int, seed_tensor: Tensor | None, out: Tensor) -> None:
+    num_samples, rows, row_bytes = out.shape
+    grid, tile = byte_grid(num_samples, rows * row_bytes)
+    with on_device(out):
+        draw_bits[grid](out, seed, seed_tensor, sample_offset, num_samples, rows * row_bytes, row_bytes, num_bits, **tile)
