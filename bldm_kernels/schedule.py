@@ -72,11 +72,14 @@ class BernoulliSchedule:
     def timesteps(self, num_sampling_steps: int) -> list[int]:
         """S descending timesteps from T to 1, spaced as the reference code does: 1 + int(linspace(0, 1, S) (T - 1)).
 
-        One step starts at T (the reference's formula would start at 1, on pure noise). Raises ValueError for S > T.
+        One step starts at T (the reference's formula would start at 1, on pure noise), and S = T takes every step (there the
+        formula's rounding would repeat some). Raises ValueError for S > T.
         """
         steps = checks.integer("num_sampling_steps", num_sampling_steps, 1, self.num_steps)
         if steps == 1:
             return [self.num_steps]
+        if steps == self.num_steps:
+            return list(range(steps, 0, -1))
         # In float64, as numpy.linspace does it: i * (1 / (S - 1)), the last value exactly 1.
         spacing = [i * (1.0 / (steps - 1)) for i in range(steps - 1)] + [1.0]
         return [1 + int(u * (self.num_steps - 1)) for u in reversed(spacing)]
