@@ -7,11 +7,12 @@
 
 from collections.abc import Callable
 
-import bldm_kernels as bk
 import numpy as np
 import plain
 import pytest
 import torch
+
+import bldm_kernels as bk
 
 SHAPE = (64, 256, 64)
 BITS = 64 * 256 * 64

@@ -4,7 +4,7 @@ Every function is a PyTorch operator (`torch.ops.bldm.*`) with one reference and
 `cuda` (ahead of time), `triton` (just in time), `cpu` (C++), `torch` (the reference). See `backends()`.
 """
 
-from . import _ops, reference
+from . import checks, reference
 from .backends import cpu as _cpu
 from .backends import cuda as _cuda
 from .backends import torch as _torch
@@ -27,6 +27,7 @@ __all__ = [
     "backends",
     "binarize",
     "binarize_straight_through",
+    "checks",
     "embed_bits",
     "flip_loss",
     "flip_probability",

@@ -121,7 +121,7 @@ _define(
 )
 
 
-def _run_random_bits(num_bits: int, seed: int, sample_offset: int, seed_tensor: Tensor | None, out: Tensor) -> None:
+def _run_random_bits(num_bits: int, seed: int, sample_offset: int, seed_tensor: Tensor | None, *, out: Tensor) -> None:
     if out.numel():
         select("random_bits", out.device)(num_bits, seed, sample_offset, seed_tensor, _rows(out))
 
@@ -131,7 +131,7 @@ _library.define(
     "random_bits_out(SymInt num_bits, SymInt seed, SymInt sample_offset, Tensor? seed_tensor, *, Tensor(a!) out) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("random_bits_out", lambda *args, out: _run_random_bits(*args, out), "CompositeExplicitAutograd")
+_library.impl("random_bits_out", _run_random_bits, "CompositeExplicitAutograd")
 torch.library.register_fake("bldm::random_bits_out", lambda *args, out: None, lib=_library)
 
 
@@ -163,6 +163,7 @@ def _run_flip_step(
     keep_mask: Tensor | None,
     keep_bits: Tensor | None,
     nonfinite: Tensor | None,
+    *,
     out: Tensor,
 ) -> None:
     if not out.numel():
@@ -193,9 +194,7 @@ _STEP_ARGUMENTS = (
     "Tensor? uncond_logits, float guidance_scale, Tensor? keep_mask, Tensor? keep_bits"
 )
 # The counter of non-finite logits is written too, so both forms of the op say so in their schema.
-_library.define(
-    f"flip_step({_STEP_ARGUMENTS}, Tensor(b!)? nonfinite) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+_library.define(f"flip_step({_STEP_ARGUMENTS}, Tensor(b!)? nonfinite) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     f"flip_step_out({_STEP_ARGUMENTS}, Tensor(b!)? nonfinite, *, Tensor(a!) out) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -204,12 +203,12 @@ _library.define(
 
 def _flip_step(logits: Tensor, x_t: Tensor, *args: Any) -> Tensor:
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format)
-    _run_flip_step(logits, x_t, *args, out)
+    _run_flip_step(logits, x_t, *args, out=out)
     return out
 
 
 _library.impl("flip_step", _flip_step, "CompositeExplicitAutograd")
-_library.impl("flip_step_out", lambda *args, out: _run_flip_step(*args, out), "CompositeExplicitAutograd")
+_library.impl("flip_step_out", _run_flip_step, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "bldm::flip_step",
     lambda logits, x_t, *args: torch.empty_like(x_t, memory_format=torch.contiguous_format),
@@ -278,9 +277,7 @@ def _run_add_noise(
     if out.numel():
         kernel = select("add_noise", out.device)
         probability = flip_probability.contiguous().view(-1)
-        kernel(
-            _rows(x_0), probability, num_bits, seed, step, sample_offset, seed_tensor, step_tensor, _rows(out)
-        )
+        kernel(_rows(x_0), probability, num_bits, seed, step, sample_offset, seed_tensor, step_tensor, _rows(out))
 
 
 _define(

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
@@ -64,11 +65,12 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     """An int in low..high (both included)."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]  # a dynamic size under torch.compile
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    value = index(value)
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {low} <= {name} <= {high}, got {value}")
-    return int(value)
+    return value
 
 
 def positive(name: str, value: Any) -> float:

@@ -14,8 +14,7 @@ PURPOSE_RANDOM_BITS, PURPOSE_FLIP_STEP, PURPOSE_ADD_NOISE, PURPOSE_BINARIZE = 0,
 STEP_BITS = 28
 MASK_32 = 0xFFFFFFFF
 EXP2_COEFFICIENTS = tuple(
-    float.fromhex(c)
-    for c in ("0x1.62e42ap-1", "0x1.ebf9bcp-3", "0x1.c6b752p-5", "0x1.3cea88p-7", "0x1.5bba14p-10")
+    float.fromhex(c) for c in ("0x1.62e42ap-1", "0x1.ebf9bcp-3", "0x1.c6b752p-5", "0x1.3cea88p-7", "0x1.5bba14p-10")
 )
 
 
@@ -61,9 +60,7 @@ def random_lanes(
     byte = torch.arange(num_bytes, device=device).expand(num_samples, -1)
     draw = ((purpose << STEP_BITS) + step).expand_as(byte)
     sample = sample.expand_as(byte)
-    words = philox_4x32_10(
-        (byte, draw, sample & MASK_32, (sample >> 32) & MASK_32), (seed & MASK_32, (seed >> 32) & MASK_32)
-    )
+    words = philox_4x32_10((byte, draw, sample & MASK_32, (sample >> 32) & MASK_32), (seed & MASK_32, (seed >> 32) & MASK_32))
     return torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=-1)
 
 
@@ -82,9 +79,7 @@ def bernoulli_bits(
     num_samples, rows, num_bytes = shape[0], shape[1], -(-num_bits // 8)
 
     def lanes(which: int) -> Tensor:
-        lane = random_lanes(
-            num_samples, rows * num_bytes, which, seed, step, sample_offset, numerator.device
-        )
+        lane = random_lanes(num_samples, rows * num_bytes, which, seed, step, sample_offset, numerator.device)
         return lane.view(num_samples, rows, num_bytes * 8)[..., :num_bits].to(numerator.dtype)
 
     scaled = denominator * 2.0**-16
@@ -156,9 +151,7 @@ def flip_step(
     return x_s, (~torch.isfinite(mixed)).sum()
 
 
-def flip_probability(
-    logits: Tensor, x_t: Tensor, coefficients: Tensor, temperature: float, x0_prediction: bool
-) -> Tensor:
+def flip_probability(logits: Tensor, x_t: Tensor, coefficients: Tensor, temperature: float, x0_prediction: bool) -> Tensor:
     """P(x_s != x_t), (B, R, C)."""
     flip_logits = _flip_logits(logits.to(working_dtype(logits.dtype)), x_t, x0_prediction)
     numerator, denominator = _ratio(flip_logits, coefficients, temperature)
@@ -180,19 +173,13 @@ def random_bits(num_samples: int, rows: int, num_bits: int, seed: Tensor, sample
     """(B, R, P) packed fair coin flips."""
     half = torch.full((num_samples, rows, num_bits), 0.5, device=seed.device)
     zero = torch.zeros_like(seed)
-    return pack_bits(
-        bernoulli_bits(half, torch.ones_like(half), num_bits, PURPOSE_RANDOM_BITS, seed, zero, sample_offset)
-    )
+    return pack_bits(bernoulli_bits(half, torch.ones_like(half), num_bits, PURPOSE_RANDOM_BITS, seed, zero, sample_offset))
 
 
-def add_noise(
-    x_0: Tensor, flip_probability: Tensor, num_bits: int, seed: Tensor, step: Tensor, sample_offset: int
-) -> Tensor:
+def add_noise(x_0: Tensor, flip_probability: Tensor, num_bits: int, seed: Tensor, step: Tensor, sample_offset: int) -> Tensor:
     """Forward process: every bit of x_0 flipped with its sample's probability (k_t = 1 - 2 flip_probability)."""
     p = flip_probability.to(torch.float32).view(-1, 1, 1).expand(*x_0.shape[:-1], num_bits)
-    return x_0 ^ pack_bits(
-        bernoulli_bits(p, torch.ones_like(p), num_bits, PURPOSE_ADD_NOISE, seed, step, sample_offset)
-    )
+    return x_0 ^ pack_bits(bernoulli_bits(p, torch.ones_like(p), num_bits, PURPOSE_ADD_NOISE, seed, step, sample_offset))
 
 
 def binarize(logits: Tensor, bernoulli: bool, seed: Tensor, step: Tensor, sample_offset: int) -> Tensor:
@@ -200,9 +187,7 @@ def binarize(logits: Tensor, bernoulli: bool, seed: Tensor, step: Tensor, sample
     if not bernoulli:
         return logits > 0
     e = exp_neg(logits.to(working_dtype(logits.dtype)), 1.0)
-    return bernoulli_bits(
-        torch.ones_like(e), 1 + e, logits.shape[-1], PURPOSE_BINARIZE, seed, step, sample_offset
-    )
+    return bernoulli_bits(torch.ones_like(e), 1 + e, logits.shape[-1], PURPOSE_BINARIZE, seed, step, sample_offset)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -220,9 +205,7 @@ def _class_weight(target: Tensor, balanced: bool) -> Tensor:
     return torch.where(target > 0, 1 - r, r)
 
 
-def flip_loss(
-    logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool
-) -> Tensor:
+def flip_loss(logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool) -> Tensor:
     """(B,) mean over a sample's bits of  weight * q^gamma * softplus(-m),  m the margin, q = sigmoid(-m)."""
     sign, target = _margin(logits, x_0, x_t, x0_prediction)
     m = sign * logits.to(sign.dtype)

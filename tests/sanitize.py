@@ -1,7 +1,8 @@
 """Every CUDA kernel once on small odd shapes, without pytest: what compute-sanitizer runs (see tests/gpu.sh)."""
 
-import bldm_kernels as bk
 import torch
+
+import bldm_kernels as bk
 
 device = "cuda"
 bk.use_backend("cuda")

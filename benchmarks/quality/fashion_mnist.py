@@ -42,7 +42,13 @@ def plot(rows: list[dict[str, Any]], baselines: dict[str, float], path: Path) ->
         for guidance in GUIDANCE:
             line = [r for r in rows if r["rule"] == rule and r["guidance"] == guidance]
             style = "-" if guidance == 1 else "--"
-            axes.plot([r["steps"] for r in line], [r["frechet"] for r in line], style, marker="o", label=f"{rule}, guidance {guidance:g}")
+            axes.plot(
+                [r["steps"] for r in line],
+                [r["frechet"] for r in line],
+                style,
+                marker="o",
+                label=f"{rule}, guidance {guidance:g}",
+            )
     for name, value in baselines.items():
         axes.axhline(value, color="grey", linewidth=0.8)
         axes.text(STEPS[0], value, name, fontsize=8, va="bottom", color="grey")

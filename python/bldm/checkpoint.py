@@ -103,8 +103,17 @@ class PretrainedModel(ModelHubMixin, library_name="bldm-kernels", license="mit",
         if os.path.isdir(model_id):
             path = Path(model_id) / WEIGHTS
         else:
-            download = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
-            path = Path(hf_hub_download(model_id, WEIGHTS, local_files_only=local_files_only, **download))
+            path = Path(
+                hf_hub_download(
+                    model_id,
+                    WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
         try:
             state = load_file(path)
         except SafetensorError as error:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import bldm_kernels as bk
 import torch
 from torch import Tensor, nn
+
+import bldm_kernels as bk
 
 from .autoencoder import BinaryAutoencoder
 from .checkpoint import PretrainedModel
@@ -50,9 +51,7 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
 
     def sampler(self, **options: Any) -> FastSampler:
         """A `FastSampler` over this model's latents; options as there (rule, final, device, autocast, ...)."""
-        return FastSampler(
-            self.denoiser, self.schedule, latent_shape=self.latent_shape, prediction=self.prediction, **options
-        )
+        return FastSampler(self.denoiser, self.schedule, latent_shape=self.latent_shape, prediction=self.prediction, **options)
 
     def sample(
         self,

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import bldm_kernels as bk
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+import bldm_kernels as bk
 
 from .checkpoint import write_atomically
 
@@ -40,7 +41,9 @@ class PackedLatents:
     @classmethod
     def from_bits(cls, bits: Tensor, dim: int = -1) -> "PackedLatents":
         """From bits of any dtype with the channels at `dim`: (B, ..., C), or (B, C, H, W) with dim=1."""
-        return cls(bk.pack_bits(bits, dim), (*(s for i, s in enumerate(bits.shape) if i not in (0, dim % bits.dim())), bits.shape[dim]))
+        return cls(
+            bk.pack_bits(bits, dim), (*(s for i, s in enumerate(bits.shape) if i not in (0, dim % bits.dim())), bits.shape[dim])
+        )
 
     def to_bits(self, dtype: torch.dtype = torch.float32, dim: int = -1) -> Tensor:
         """Unpacked bits, channels last, or at `dim` (1 gives (B, C, H, W))."""

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import bldm_kernels as bk
 import torch
 from torch import Tensor, nn
+
+import bldm_kernels as bk
 
 TIME_LABELS: dict[str, Callable[[int], int]] = {"t": lambda t: t, "t-1": lambda t: t - 1}
 STATES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -143,9 +144,7 @@ class FastSampler:
         if (mask is None) != (kept is None):
             raise ValueError("keep_mask, keep_bits: expected both or neither")
 
-        latents = bk.random_bits(
-            num_samples, self.latent_shape, seed=seed, sample_offset=sample_offset, device=self.device
-        )
+        latents = bk.random_bits(num_samples, self.latent_shape, seed=seed, sample_offset=sample_offset, device=self.device)
         with _evaluating(self.denoiser):
             for first in range(0, num_samples, max(batch_size, 1)):
                 batch = slice(first, first + batch_size)
@@ -191,16 +190,14 @@ class FastSampler:
         self._check_finite(run, nonfinite)
         return x
 
-    def _logits(
-        self, x: Tensor, timestep: int, cond: Tensor | None, guidance_scale: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def _logits(self, x: Tensor, timestep: int, cond: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
         """Logits with the condition and, when guided, without: both in one call of the denoiser."""
-        guided = cond is not None and guidance_scale != 1.0
+        guided = guidance_scale != 1.0
         state = STATES[self.state](torch.cat([x, x]) if guided else x, self.latent_shape[-1])
         time = torch.full((len(state),), TIME_LABELS[self.time_label](timestep), device=x.device)
-        if guided:
-            null = torch.as_tensor(self.null_cond, device=x.device).to(cond.dtype).expand_as(cond)  # type: ignore[union-attr]
-            cond = torch.cat([cond, null])  # type: ignore[list-item]
+        if cond is not None and guided:
+            null = torch.as_tensor(self.null_cond, device=x.device).to(cond.dtype)
+            cond = torch.cat([cond, null.expand_as(cond)])
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.denoiser(state, time) if cond is None else self.denoiser(state, time, cond)
         expected = (len(state), *self.latent_shape)
@@ -213,9 +210,7 @@ class FastSampler:
         bad = nonfinite.tolist()
         for i, count in enumerate(bad):
             if count:
-                raise FloatingPointError(
-                    f"denoiser: {count} logits are not finite at step {i} (timestep {run.timesteps[i]})"
-                )
+                raise FloatingPointError(f"denoiser: {count} logits are not finite at step {i} (timestep {run.timesteps[i]})")
 
     def _check_condition(self, cond: int | Tensor | None, num_samples: int, guidance_scale: float) -> Tensor | None:
         if cond is None:

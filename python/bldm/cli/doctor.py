@@ -1,7 +1,8 @@
 """`bldm doctor`: what is installed, what each backend offers, why one is missing."""
 
-from bldm_kernels.doctor import report
 from rich.table import Table
+
+from bldm_kernels.doctor import report
 
 from ..bundled import bundled_model
 from .common import console
