@@ -117,9 +117,10 @@ def flip_step(
         keep_bits,
         counter,
     )
-    if out is None:
+    if out is None and counter is not None:
         out = torch.ops.bldm.flip_step(*arguments)
-    else:
+    else:  # torch.compile cannot lower an op that returns a tensor and whose only written argument is None
+        out = torch.empty_like(x_t, memory_format=torch.contiguous_format) if out is None else out
         torch.ops.bldm.flip_step_out(*arguments, out=out)
     if raises and counter is not None and (bad := int(counter)):
         raise FloatingPointError(f"logits: {bad} of {logits.numel()} are not finite at step {step}")
