@@ -106,13 +106,12 @@ class BernoulliSchedule:
 
         Returns: float32 (S, 4) on the CPU, computed in float64 and rounded so that P at f = 0 and f = 1 stays exact.
         """
-        steps = [int(t) for t in timesteps]
+        values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+        steps = [checks.integer("timesteps", t, 1, self.num_steps) for t in values]
         if not steps:
             raise ValueError("timesteps: expected at least one, got none")
         if any(s >= t for t, s in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"timesteps: expected strictly descending, got {steps}")
-        if steps[0] > self.num_steps or steps[-1] < 1:
-            raise ValueError(f"timesteps: expected within 1..{self.num_steps}, got {steps[0]}..{steps[-1]}")
         checks.option("rule", rule, RULES)
         final = rule if final is None else checks.option("final", final, RULES)
         if sigma is not None:

@@ -102,9 +102,9 @@ class _Maker:
 
     def coefficients(self) -> Tensor:
         """Rows of a plugin, a marginal and a renoise step, one a sample or one for all."""
-        rows = torch.cat(
-            [bk.BernoulliSchedule("cosine", 64).coefficients([40, 12, 3], rule)[:1] for rule in bk_rules]
-        ).to(self.device)
+        rows = torch.cat([bk.BernoulliSchedule("cosine", 64).coefficients([40, 12, 3], rule)[:1] for rule in bk_rules]).to(
+            self.device
+        )
         if self.option("coefficients") == "per_sample":
             return rows[torch.arange(self.case.batch) % 3]
         if self.option("coefficients") == "threshold":
@@ -287,8 +287,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"temperature": 0.7, "coefficients": "per_sample"},
     ],
     "add_noise": [{"p": "one"}, {"p": "per_sample"}, {"draw": "tensors"}, {"draw": "far"}, {"out": "given"}, {"out": "alias"}],
-    "binarize": [{"mode": "threshold"}, {"dim": 1}, {"dim": 1, "mode": "threshold"}, {"draw": "far"}, {"draw": "tensors"},
-                 {"out": "given"}],
+    "binarize": [
+        {"mode": "threshold"},
+        {"dim": 1},
+        {"dim": 1, "mode": "threshold"},
+        {"draw": "far"},
+        {"draw": "tensors"},
+        {"out": "given"},
+    ],
     "binarize_straight_through": [{"dim": 1}],
     "flip_loss": [
         {"focal_gamma": 0.0},
@@ -297,8 +303,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"balanced": True, "weight": True, "reduction": "sum"},
         {"weight": True, "reduction": "sample"},
     ],
-    "embed_bits": [{"signed": False}, {"bias": True}, {"bias": True, "signed": False, "width": 1}, {"out": "given"},
-                   {"width": 64, "bias": True}],
+    "embed_bits": [
+        {"signed": False},
+        {"bias": True},
+        {"bias": True, "signed": False, "width": 1},
+        {"out": "given"},
+        {"width": 64, "bias": True},
+    ],
     "hamming_distance": [{"one": True}],
     "hamming_topk": [{"k": 37}, {"k": 1, "database": 1}],
 }

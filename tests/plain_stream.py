@@ -98,8 +98,7 @@ def random_bits(rows: int, channels: int, seed: int, sample: int) -> bytes:
     width = -(-channels // 8) * 8
     half, one = Fraction(1, 2), Fraction(1)
     return b"".join(
-        pack([draw_bit("random_bits", half, one, seed, 0, sample, r * width + c) for c in range(channels)])
-        for r in range(rows)
+        pack([draw_bit("random_bits", half, one, seed, 0, sample, r * width + c) for c in range(channels)]) for r in range(rows)
     )
 
 

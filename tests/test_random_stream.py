@@ -95,9 +95,7 @@ def test_flip_step(target: Target, row: int, option: str) -> None:
 def test_binarize(target: Target, seed: int, step: int, offset: int) -> None:
     logits = torch.randn(2, 3, 13, generator=torch.Generator().manual_seed(0)) * 2
     got = bk.binarize(logits.to(target.device), seed=seed, step=step, sample_offset=offset)
-    expected = [
-        plain_stream.flip_mask("binarize", logits[i].tolist(), [0, 1, 1, 0], seed, step, offset + i) for i in range(2)
-    ]
+    expected = [plain_stream.flip_mask("binarize", logits[i].tolist(), [0, 1, 1, 0], seed, step, offset + i) for i in range(2)]
     assert torch.equal(got, packed(expected, 3, target.device))
 
 

@@ -18,7 +18,8 @@ SAMPLES = 64
 ROWS = BITS // (STEPS * SAMPLES * CHANNELS)
 # One probability a channel: 1e-6 .. 1 - 1e-6, dense near both ends and in the middle.
 TAIL = torch.logspace(-6, -1.1, 20, dtype=torch.float64)
-PROBABILITIES = torch.cat([TAIL, torch.linspace(0.08, 0.92, 22, dtype=torch.float64), 1 - TAIL.flip(0), TAIL.new_tensor([1e-4, 1 - 1e-4])])
+ENDS = TAIL.new_tensor([1e-4, 1 - 1e-4])
+PROBABILITIES = torch.cat([TAIL, torch.linspace(0.08, 0.92, 22, dtype=torch.float64), 1 - TAIL.flip(0), ENDS])
 
 
 def standard_errors(set_bits: Tensor, draws: int, p: Tensor) -> Tensor:

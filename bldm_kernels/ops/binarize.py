@@ -58,6 +58,7 @@ def binarize_straight_through(
     dim: int = -1,
 ) -> Tensor:
     """`binarize` for training: bits 0 and 1 in the shape and dtype of the logits, with the gradient of sigmoid(logits)."""
+    checks.floating("logits", logits, min_dim=2)
     draw = {"seed": seed, "step": step, "sample_offset": sample_offset, "mode": mode}
     packed = binarize(logits.detach(), dim=dim, **draw)  # type: ignore[arg-type]
     return torch.ops.bldm.straight_through(logits, packed, dim % logits.dim())
