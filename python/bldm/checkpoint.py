@@ -77,7 +77,7 @@ class PretrainedModel(ModelHubMixin, library_name="bldm-kernels", license="mit",
         # Written last by us, not by the mixin, so that a folder with a config always has its weights.
         state = {name: value.contiguous() for name, value in self.state_dict().items()}  # type: ignore[attr-defined]
         write_atomically(save_directory / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        text = json.dumps(self._hub_mixin_config, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self._hub_mixin_config or {}, indent=2, sort_keys=True) + "\n"
         write_atomically(save_directory / CONFIG, lambda path: Path(path).write_text(text))
 
     @classmethod
@@ -119,7 +119,10 @@ class PretrainedModel(ModelHubMixin, library_name="bldm-kernels", license="mit",
         except SafetensorError as error:
             kind = "a pickle; only safetensors are loaded" if _is_pickle(path) else f"truncated or not safetensors: {error}"
             raise ValueError(f"model: {path} is {kind}") from None
-        model: Any = cls(**model_kwargs)
+        try:
+            model: Any = cls(**model_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model: {CONFIG} of {model_id} is not the configuration of a {cls.__name__}: {error}") from None
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         found = {name: tuple(value.shape) for name, value in state.items()}
         if expected != found:

@@ -1,5 +1,6 @@
 """Drawing: a labelled grid of images, written as a PNG."""
 
+import math
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+import bldm_kernels as bk
 
 from .checkpoint import write_atomically
 
@@ -20,12 +23,13 @@ def draw_grid(
     images: Tensor, captions: Sequence[str] | None = None, columns: int | None = None, min_side: int = 84
 ) -> Image.Image:
     """A grid of images (B, 1 or 3, H, W) in [-1, 1], each over its caption; small images are enlarged by whole factors."""
+    bk.checks.floating("images", images)
     if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images: expected (B >= 1, 1 or 3, H, W), got {tuple(images.shape)}")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"captions: expected {len(images)}, got {len(captions)}")
     count, _, height, width = images.shape
-    columns = columns or round(count**0.5 + 0.49)
+    columns = math.isqrt(count - 1) + 1 if columns is None else bk.checks.integer("columns", columns, 1, 2**31 - 1)
     scale = max(1, -(-min_side // width))
     gap, text = 6, 16 if captions else 0
     cell_w, cell_h = width * scale + gap, height * scale + gap + text

@@ -24,9 +24,8 @@ class PackedLatents:
     """
 
     def __init__(self, packed: Tensor, shape: Sequence[int]):
-        self.shape = tuple(int(size) for size in shape)
-        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
-            raise TypeError(f"packed: expected a uint8 tensor, got {getattr(packed, 'dtype', type(packed).__name__)}")
+        self.shape = tuple(bk.checks.integer("shape", size, 0, 2**31 - 1) for size in shape)
+        bk.checks.packed("packed", packed)
         expected = (*self.shape[:-1], (self.shape[-1] + 7) // 8) if self.shape else ()
         if not self.shape or tuple(packed.shape[1:]) != expected:
             raise ValueError(
@@ -41,9 +40,9 @@ class PackedLatents:
     @classmethod
     def from_bits(cls, bits: Tensor, dim: int = -1) -> "PackedLatents":
         """From bits of any dtype with the channels at `dim`: (B, ..., C), or (B, C, H, W) with dim=1."""
-        return cls(
-            bk.pack_bits(bits, dim), (*(s for i, s in enumerate(bits.shape) if i not in (0, dim % bits.dim())), bits.shape[dim])
-        )
+        bk.checks.tensor("bits", bits, min_dim=2)
+        packed = bk.pack_bits(bits, dim)
+        return cls(packed, (*packed.shape[1:-1], bits.shape[dim]))
 
     def to_bits(self, dtype: torch.dtype = torch.float32, dim: int = -1) -> Tensor:
         """Unpacked bits, channels last, or at `dim` (1 gives (B, C, H, W))."""
@@ -56,8 +55,11 @@ class PackedLatents:
         return self.packed.shape[0]
 
     def __getitem__(self, index: int | slice | Tensor) -> "PackedLatents":
+        """Some of the latents; an int gives a batch of one."""
         if isinstance(index, int):
-            index = slice(index, None if index == -1 else index + 1)
+            if not -len(self) <= index < len(self):  # also what ends a loop over the latents
+                raise IndexError(f"index: expected within {-len(self)}..{len(self) - 1}, got {index}")
+            index = slice(index % len(self), index % len(self) + 1)
         return PackedLatents(self.packed[index], self.shape)
 
     def __eq__(self, other: object) -> bool:
@@ -70,15 +72,19 @@ class PackedLatents:
         """The bits in which the two differ."""
         if not isinstance(other, PackedLatents):
             return NotImplemented
-        if self.shape != other.shape:
-            raise ValueError(f"other: expected latents of {self.shape} bits, got {other.shape}")
+        self._check_like("other", other)
         return PackedLatents(self.packed ^ other.packed, self.shape)
 
     def hamming(self, other: "PackedLatents") -> Tensor:
         """int32 (B,): number of differing bits of each pair; `other` may hold a single latent."""
-        if self.shape != other.shape:
-            raise ValueError(f"other: expected latents of {self.shape} bits, got {other.shape}")
+        self._check_like("other", other)
         return bk.hamming_distance(self.packed, other.packed)
+
+    def _check_like(self, name: str, other: "PackedLatents") -> None:
+        if not isinstance(other, PackedLatents):
+            raise TypeError(f"{name}: expected PackedLatents, got {type(other).__name__}")
+        if other.shape != self.shape or len(other) not in (1, len(self)):
+            raise ValueError(f"{name}: expected {len(self)} latents, or one, of {self.shape} bits, got {other!r}")
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
@@ -92,11 +98,13 @@ class PackedLatents:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != "bldm.PackedLatents":
-                    raise ValueError(f"path: {path} is a safetensors file, but not of packed latents")
+                if metadata.get("format") != "bldm.PackedLatents" or "shape" not in metadata:
+                    raise ValueError("a safetensors file, but not of packed latents")
                 return cls(file.get_tensor("packed"), [int(size) for size in metadata["shape"].split(",")])
         except SafetensorError as error:
-            raise ValueError(f"path: {path} is truncated or not a safetensors file: {error}") from None
+            raise ValueError(f"path: {path} is truncated or not a safetensors file of packed latents: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"path: {path} does not hold packed latents: {error}") from None
 
     def __repr__(self) -> str:
         return f"PackedLatents({len(self)} x {self.shape} bits, {self.packed.device})"

@@ -1,5 +1,6 @@
 """FastSampler: the reverse process on packed bits, around any denoiser."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,11 +72,13 @@ class FastSampler:
         bk.checks.option("time_label", time_label, TIME_LABELS)
         bk.checks.option("state", state, STATES)
         schedule.coefficients([1], rule, final)  # rejects an unknown rule here rather than in the first call
-        if len(latent_shape) < 2 or min(latent_shape) < 1:
-            raise ValueError(f"latent_shape: expected positions and channels, all >= 1, got {tuple(latent_shape)}")
+        if len(latent_shape) < 2:
+            raise ValueError(f"latent_shape: expected positions and channels, got {tuple(latent_shape)}")
+        if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+            raise TypeError(f"autocast: expected a floating dtype or None, got {autocast!r}")
         self.denoiser = denoiser
         self.schedule = schedule
-        self.latent_shape = tuple(latent_shape)
+        self.latent_shape = tuple(bk.checks.integer("latent_shape", size, 1, 2**31 - 1) for size in latent_shape)
         self.prediction = prediction
         self.rule = rule
         self.final = final
@@ -98,7 +101,7 @@ class FastSampler:
         num_samples: int,
         steps: int = 16,
         *,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
         temperature: float = 1.0,
         seed: int = 0,
         sample_offset: int = 0,
@@ -129,7 +132,7 @@ class FastSampler:
         """
         num_samples = bk.checks.integer("num_samples", num_samples, 0, 2**40)
         batch_size = num_samples if batch_size is None else bk.checks.integer("batch_size", batch_size, 1, 2**40)
-        chosen = self.schedule.timesteps(steps) if timesteps is None else [int(t) for t in timesteps]
+        chosen = self._choose_timesteps(steps, timesteps)
         run = _Run(
             timesteps=chosen,
             coefficients=self.schedule.coefficients(chosen, self.rule, self.final).to(self.device),
@@ -151,6 +154,12 @@ class FastSampler:
                 pick = (x if x is None else x[batch].contiguous() for x in (cond, mask, kept))
                 latents[batch] = self._reverse(run, latents[batch], first, sample_offset + first, *pick)
         return latents
+
+    def _choose_timesteps(self, steps: int, timesteps: Sequence[int] | Tensor | None) -> list[int]:
+        if timesteps is None:
+            return self.schedule.timesteps(bk.checks.integer("steps", steps, 1, self.schedule.num_steps))
+        chosen = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+        return [bk.checks.integer("timesteps", t, 1, self.schedule.num_steps) for t in chosen]
 
     def _reverse(
         self,
@@ -200,10 +209,12 @@ class FastSampler:
             cond = torch.cat([cond, null.expand_as(cond)])
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.denoiser(state, time) if cond is None else self.denoiser(state, time, cond)
+        bk.checks.floating("denoiser: logits", logits, min_dim=2)
         expected = (len(state), *self.latent_shape)
-        if logits.numel() != torch.Size(expected).numel():
+        ends = (logits.shape[0], logits.shape[-1])  # the positions between may come flat, as (B, N, C)
+        if ends != (expected[0], expected[-1]) or logits.numel() != math.prod(expected):
             raise ValueError(f"denoiser: expected logits of shape {expected}, got {tuple(logits.shape)}")
-        logits = logits.view(expected)
+        logits = logits.reshape(expected)
         return (logits[: len(x)], logits[len(x) :]) if guided else (logits, None)
 
     def _check_finite(self, run: "_Run", nonfinite: Tensor) -> None:
@@ -219,7 +230,9 @@ class FastSampler:
             return None
         if guidance_scale != 1.0 and self.null_cond is None:
             raise ValueError(f"guidance_scale: {guidance_scale} needs a null condition, but null_cond is None")
-        cond = torch.as_tensor(cond, device=self.device)
+        if not isinstance(cond, Tensor):
+            cond = torch.tensor(bk.checks.integer("cond", cond, 0, 2**63 - 1))
+        cond = cond.to(self.device)
         if cond.dim() == 0:
             return cond.expand(num_samples)
         if cond.shape[0] != num_samples:
@@ -253,12 +266,12 @@ class _Run:
 
 @contextmanager
 def _evaluating(denoiser: object) -> Iterator[None]:
-    """Dropout off while sampling, and back to what it was afterwards."""
-    training = isinstance(denoiser, nn.Module) and denoiser.training
-    if isinstance(denoiser, nn.Module) and training:
-        denoiser.eval()
+    """Dropout off while sampling; afterwards every part is back in the mode it was in."""
+    training = [part for part in denoiser.modules() if part.training] if isinstance(denoiser, nn.Module) else []
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        if isinstance(denoiser, nn.Module) and training:
-            denoiser.train()
+        for part in training:
+            part.training = True

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..bundled import bundled_model
 from ..diffusion import BinaryLatentDiffusion
 
 console = Console()
-ERRORS = (ValueError, TypeError, FileNotFoundError, FloatingPointError, RuntimeError)
+ERRORS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -25,7 +26,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ERRORS as error:
-            Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from None
 
     return run

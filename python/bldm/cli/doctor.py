@@ -1,5 +1,6 @@
 """`bldm doctor`: what is installed, what each backend offers, why one is missing."""
 
+from rich.markup import escape
 from rich.table import Table
 
 from bldm_kernels.doctor import report
@@ -14,9 +15,9 @@ def doctor() -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for heading, text in report():
-        table.add_row(heading, text)
+        table.add_row(heading, escape(text))
     try:
-        table.add_row("bundled model", str(bundled_model()))
+        table.add_row("bundled model", escape(str(bundled_model())))
     except FileNotFoundError as error:
-        table.add_row("bundled model", str(error))
+        table.add_row("bundled model", escape(str(error)))
     console.print(table, highlight=False)

@@ -33,4 +33,5 @@ def reconstruct(
         f"{out}: {len(images)} images, {packed[0].numel()} bytes each, mean absolute error {error:.4f} of the range",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )

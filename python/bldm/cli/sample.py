@@ -83,4 +83,5 @@ def sample(
         f"{out}: {num_samples} samples in {seconds:.1f} s ({num_samples / seconds:.1f} a second, {steps} steps, {where})",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
