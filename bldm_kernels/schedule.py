@@ -99,8 +99,8 @@ class BernoulliSchedule:
         Args:
             timesteps: strictly descending ints in 1..T.
             rule: "plugin" (Wang et al. 2023, eq. 9: Bayes with the expected x_0), "marginal" (exact Bayes, averaged over x_0;
-                Austin et al. 2021), "renoise" (sample x_0, then q(x_s | x_0)), "ddim" (keep with probability sigma, else sample x_0),
-                "sample" (x_0 itself) or "threshold" (x_0 != x_t where f > 1/2).
+                Austin et al. 2021), "renoise" (sample x_0, then q(x_s | x_0)), "ddim" (keep with probability sigma, else
+                sample x_0), "sample" (x_0 itself) or "threshold" (x_0 != x_t where f > 1/2).
             final: the rule of the last step; None: the same as `rule`.
             sigma: for "ddim", in [0, 1]; default (1 - k_s) / (1 - k_t) of each step.
 

@@ -1,4 +1,4 @@
-"""Any shape, any dimension, any dtype: packing against numpy.packbits, distances against numpy, one step against the reference."""
+"""Any shape, dimension and dtype: packing against numpy.packbits, distances against numpy, one step against the reference."""
 
 from typing import Any
 
