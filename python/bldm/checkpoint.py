@@ -3,12 +3,14 @@
 import inspect
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +45,7 @@ def _check_folder(model_id: str, cls: type) -> None:
             if not (path / name).is_file():
                 raise FileNotFoundError(f"model: {path} has no {name}, so it is not a {cls.__name__} checkpoint")
         _read_config(path / CONFIG, cls)
-    elif path.is_absolute() or model_id.startswith(".") or model_id.count("/") != 1:
+    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_id, re.ASCII):
         raise FileNotFoundError(f"model: no folder {model_id}")
 
 
@@ -85,7 +87,10 @@ class PretrainedModel(ModelHubMixin, library_name="bldm-kernels", license="mit",
         """Load from a folder, or from a hub repository "user/name". `map_location` names the device (default "cpu")."""
         name = str(pretrained_model_name_or_path)
         _check_folder(name, cls)
-        return super().from_pretrained(name, **kwargs)
+        try:
+            return super().from_pretrained(name, **kwargs)
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(f"model: {name} is no folder here, and the hub did not give it: {error}") from error
 
     @classmethod
     def _from_pretrained(

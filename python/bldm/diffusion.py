@@ -36,6 +36,7 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
         class_names: Sequence[str] | None = None,
     ):
         super().__init__()
+        bk.checks.option("prediction", prediction, ("flip", "x_0"))
         self.autoencoder = BinaryAutoencoder(**autoencoder)
         *grid, num_bits = self.autoencoder.latent_shape
         fitting = {"num_positions": grid[0] * grid[1], "num_bits": num_bits, "num_steps": num_steps}
@@ -43,6 +44,10 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
         self.schedule = bk.BernoulliSchedule(schedule, num_steps)
         self.prediction = prediction
         self.class_names = None if class_names is None else list(class_names)
+        if self.class_names is not None and len(self.class_names) != (self.denoiser.num_classes or 0):
+            raise ValueError(
+                f"class_names: expected {self.denoiser.num_classes or 0} names, one a class, got {len(self.class_names)}"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -66,7 +71,8 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
         batch_size: int | None = None,
         callback: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
-        """Images (B, channels, H, W) in [-1, 1]; arguments as in `FastSampler.sample`, `labels` being its condition."""
+        """Images (B, channels, H, W) in [-1, 1]; arguments as in `FastSampler.sample`, `labels` (classes) being its condition."""
+        self._check_labels(labels)
         latents = self.sampler(rule=rule).sample(
             num_samples,
             steps,
@@ -78,6 +84,16 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
             callback=callback,
         )
         return self.decode(latents, batch_size=batch_size)
+
+    def _check_labels(self, labels: int | Tensor | None) -> None:
+        if labels is None:
+            return
+        if self.denoiser.num_classes is None:
+            raise ValueError("labels: this model has no classes, expected None")
+        values = bk.checks.tensor("labels", torch.as_tensor(labels), (torch.int64,))
+        wrong = values[(values < 0) | (values >= self.denoiser.num_classes)]
+        if len(wrong):
+            raise ValueError(f"labels: expected classes 0..{self.denoiser.num_classes - 1}, got {int(wrong[0])}")
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:

@@ -13,6 +13,13 @@ import bldm_kernels as bk
 from .checkpoint import write_atomically
 
 
+def check_padding(name: str, packed: Tensor, num_bits: int) -> None:
+    """The bits beyond `num_bits` in the last byte of every position must be 0."""
+    padding = -num_bits % 8
+    if padding and packed.numel() and bool((packed[..., -1] >> (8 - padding)).any()):
+        raise ValueError(f"{name}: the last {padding} bits of every position are padding and must be 0")
+
+
 class PackedLatents:
     """B binary latents of `shape` bits each (channels last), held as uint8 (B, *shape[:-1], ceil(C / 8)).
 
@@ -25,22 +32,24 @@ class PackedLatents:
 
     def __init__(self, packed: Tensor, shape: Sequence[int]):
         self.shape = tuple(bk.checks.integer("shape", size, 0, 2**31 - 1) for size in shape)
+        if not self.shape:
+            raise ValueError("shape: expected at least the number of channels, got ()")
         bk.checks.packed("packed", packed)
-        expected = (*self.shape[:-1], (self.shape[-1] + 7) // 8) if self.shape else ()
-        if not self.shape or tuple(packed.shape[1:]) != expected:
+        expected = (*self.shape[:-1], (self.shape[-1] + 7) // 8)
+        if tuple(packed.shape[1:]) != expected:
             raise ValueError(
                 f"packed: expected shape (B, {', '.join(map(str, expected))}) for latents of {self.shape} bits, "
                 f"got {tuple(packed.shape)}"
             )
-        padding = -self.shape[-1] % 8
-        if padding and packed.numel() and bool((packed[..., -1] >> (8 - padding)).any()):
-            raise ValueError(f"packed: the last {padding} bits of every position are padding and must be 0")
+        check_padding("packed", packed, self.shape[-1])
         self.packed = packed
 
     @classmethod
     def from_bits(cls, bits: Tensor, dim: int = -1) -> "PackedLatents":
         """From bits of any dtype with the channels at `dim`: (B, ..., C), or (B, C, H, W) with dim=1."""
         bk.checks.tensor("bits", bits, min_dim=2)
+        if bk.checks.dimension("dim", dim, bits.dim()) == 0:
+            raise ValueError("dim: expected a channel dimension, got 0 (the sample)")
         packed = bk.pack_bits(bits, dim)
         return cls(packed, (*packed.shape[1:-1], bits.shape[dim]))
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import bldm_kernels as bk
 
+from .latents import check_padding
+
 TIME_LABELS: dict[str, Callable[[int], int]] = {"t": lambda t: t, "t-1": lambda t: t - 1}
 STATES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "packed": lambda x_t, num_bits: x_t,
@@ -146,6 +148,8 @@ class FastSampler:
         kept = self._check_kept("keep_bits", keep_bits, num_samples)
         if (mask is None) != (kept is None):
             raise ValueError("keep_mask, keep_bits: expected both or neither")
+        if kept is not None:
+            check_padding("keep_bits", kept, self.latent_shape[-1])
 
         latents = bk.random_bits(num_samples, self.latent_shape, seed=seed, sample_offset=sample_offset, device=self.device)
         with _evaluating(self.denoiser):

@@ -26,7 +26,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ERRORS as error:
-            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+            text = escape(" ".join(str(error).split()))
+            Console(stderr=True).print(f"[red]error:[/red] {text}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from None
 
     return run
