@@ -40,9 +40,9 @@ def draw_from_logits(
     """(B, O, C, I) -> (B, O I, P). Threads follow the logits in memory, so position varies faster than byte."""
     sample, index, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
     index = index.to(tl.uint32)
-    line = index // inner.to(tl.uint32)  # o P + p
+    line = index // tl.cast(inner, tl.uint32)  # o P + p
     position = (index - line * inner).to(tl.int64)
-    o = line // row_bytes.to(tl.uint32)
+    o = line // tl.cast(row_bytes, tl.uint32)
     p = (line - o * row_bytes).to(tl.int64)
     row = o.to(tl.int64) * inner + position
 

@@ -11,6 +11,7 @@ from .common import (
     RANDOM_BITS,
     byte_grid,
     byte_tile,
+    mask_padding,
     on_device,
     pack,
     random_words,
@@ -104,6 +105,7 @@ def draw_bits(
     sample_bytes,
     row_bytes,
     num_bits,
+    WHOLE_BYTES: tl.constexpr,
     SAMPLES: tl.constexpr,
     BYTES: tl.constexpr,
 ):
@@ -113,10 +115,8 @@ def draw_bits(
     w0, w1, w2, w3 = random_words(RANDOM_BITS, key, tl.cast(0, tl.int64), sample + sample_offset, byte)
     low = (w0 >> 15 & 1) | (w1 >> 13 & 4) | (w2 >> 11 & 16) | (w3 >> 9 & 64)
     high = (w0 >> 30 & 2) | (w1 >> 28 & 8) | (w2 >> 26 & 32) | (w3 >> 24 & 128)
-    bits = (low | high) ^ 0xFF
-    left = num_bits - (byte % row_bytes) * 8
-    bits = tl.where(left < 8, bits & ((1 << tl.minimum(left, 8).to(tl.uint32)) - 1), bits)
-    tl.store(out + sample * sample_bytes + byte, bits.to(tl.uint8), exists)
+    bits = ((low | high) ^ 0xFF).to(tl.uint8)
+    tl.store(out + sample * sample_bytes + byte, mask_padding(bits, byte, row_bytes, num_bits, WHOLE_BYTES), exists)
 
 
 def _rows(packed: Tensor, num_bits: int) -> tuple[int, int, int]:
@@ -174,4 +174,15 @@ def random_bits(num_bits: int, seed: int, sample_offset: int, seed_tensor: Tenso
     num_samples, rows, row_bytes = out.shape
     grid, tile = byte_grid(num_samples, rows * row_bytes)
     with on_device(out):
-        draw_bits[grid](out, seed, seed_tensor, sample_offset, num_samples, rows * row_bytes, row_bytes, num_bits, **tile)
+        draw_bits[grid](
+            out,
+            seed,
+            seed_tensor,
+            sample_offset,
+            num_samples,
+            rows * row_bytes,
+            row_bytes,
+            num_bits,
+            WHOLE_BYTES=num_bits % 8 == 0,
+            **tile,
+        )

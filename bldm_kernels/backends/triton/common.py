@@ -75,7 +75,7 @@ def bit_tile(sample, byte, exists, sample_bytes, row_bytes, num_bits, WHOLE_BYTE
         offsets = ((sample * sample_bytes + byte) * 8)[:, None] + lane
         valid = exists[:, None] & (lane < 8)
     else:
-        row = byte.to(tl.uint32) // row_bytes.to(tl.uint32)  # 64-bit division is slow; the stream has 2^32 bytes a sample
+        row = byte.to(tl.uint32) // tl.cast(row_bytes, tl.uint32)  # in 32 bits, as a sample has at most 2^32 bytes
         channel = ((byte - row * row_bytes) * 8)[:, None] + lane
         rows = sample_bytes // row_bytes
         offsets = ((sample * rows + row) * num_bits)[:, None] + channel
@@ -93,6 +93,15 @@ def pack(bits):
 def unpack(packed):
     """[N] uint8 -> [N, 8] int32, 0 or 1."""
     return (packed.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+
+
+@triton.jit
+def mask_padding(packed, byte, row_bytes, num_bits, WHOLE_BYTES: tl.constexpr):
+    """[N] bytes with the bits of channels C and above cleared."""
+    if not WHOLE_BYTES:
+        left = num_bits - (byte.to(tl.uint32) % tl.cast(row_bytes, tl.uint32)).to(tl.int32) * 8
+        packed = packed & ((1 << tl.minimum(left, 8)) - 1).to(tl.uint8)
+    return packed
 
 
 @triton.jit

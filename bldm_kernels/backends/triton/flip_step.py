@@ -17,9 +17,10 @@ from .common import (
     exp_neg,
     fma,
     load_coefficients,
+    mask_padding,
     on_device,
     pack,
-    random_lanes,
+    random_words,
     unpack,
     value_or_load,
 )
@@ -85,6 +86,17 @@ def step_bits(
     tl.store(out + packed_offsets, x, exists)
 
 
+@triton.jit
+def _compare_lanes(words, bound):
+    """[N] int32: which of the eight 16-bit lanes of every byte are below `bound`, and which are equal to it."""
+    below, equal = tl.zeros(words[0].shape, tl.int32), tl.zeros(words[0].shape, tl.int32)
+    for j in tl.static_range(8):
+        lane = (words[j // 2] >> (16 * (j % 2))) & 0xFFFF
+        below |= tl.where(lane < bound, 1 << j, 0)
+        equal |= tl.where(lane == bound, 1 << j, 0)
+    return below, equal
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def noise_bits(
     x_0,
@@ -100,30 +112,26 @@ def noise_bits(
     row_bytes,
     num_bits,
     PER_SAMPLE: tl.constexpr,
+    WHOLE_BYTES: tl.constexpr,
     SAMPLES: tl.constexpr,
     BYTES: tl.constexpr,
 ):
     """x_0 XOR Bernoulli(p): a bit flips when its 32-bit uniform number is below ceil(p 2^32)."""
     sample, byte, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
-    if PER_SAMPLE:
-        p = tl.load(probability + sample, exists, 0.0)[:, None]
-    else:
-        p = tl.load(probability + tl.zeros((1, 1), tl.int32))
+    p = tl.load(probability + sample, exists, 0.0) if PER_SAMPLE else tl.load(probability)
     p = tl.where(p > 0, tl.minimum(p, 1.0), 0.0)  # NaN is 0 too
     threshold = tl.ceil(p * 4294967296.0).to(tl.int64)
     upper, lower = (threshold >> 16).to(tl.uint32), (threshold & 0xFFFF).to(tl.uint32)
 
     key, draw = value_or_load(seed, seed_tensor), value_or_load(step, step_tensor)
-    sample += sample_offset
-    lanes = random_lanes(ADD_NOISE, key, draw, sample, byte)
-    flips = lanes < upper
-    tie = lanes == upper
-    if any_of(tie):
-        flips |= tie & (random_lanes(ADD_NOISE + 1, key, draw, sample, byte) < lower)
-
-    channel = ((byte % row_bytes) * 8)[:, None] + tl.arange(0, 8)[None, :]
-    offsets = (sample - sample_offset) * sample_bytes + byte
-    x = tl.load(x_0 + offsets, exists, 0) ^ pack(flips & (channel < num_bits))
+    words = random_words(ADD_NOISE, key, draw, sample + sample_offset, byte)
+    below, equal = _compare_lanes(words, upper)
+    if tl.max(equal, axis=0) > 0:  # a tie: the lower half of the uniform number decides
+        words = random_words(ADD_NOISE + 1, key, draw, sample + sample_offset, byte)
+        below |= equal & _compare_lanes(words, lower)[0]
+    offsets = sample * sample_bytes + byte
+    flips = mask_padding(below.to(tl.uint8), byte, row_bytes, num_bits, WHOLE_BYTES)
+    x = tl.load(x_0 + offsets, exists, 0) ^ flips
     tl.store(out + offsets, x, exists)
 
 
@@ -212,5 +220,6 @@ def add_noise(
             row_bytes,
             num_bits,
             PER_SAMPLE=flip_probability.numel() > 1,
+            WHOLE_BYTES=num_bits % 8 == 0,
             **tile,
         )

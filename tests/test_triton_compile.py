@@ -1,0 +1,123 @@
+"""Every Triton kernel compiles for sm_90 on a machine without a GPU.
+
+The interpreter, which runs the kernels in the other tests, accepts more than the compiler does. Here the backend's own functions
+are called without the interpreter, in a process whose Triton driver is a stand-in that compiles for sm_90 and launches nothing.
+"""
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_every_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """A backend function and canonical arguments for it: every kernel, every branch that is decided when compiling."""
+    import torch
+
+    from bldm_kernels.backends.triton import binarize, bits, embed, flip_step, hamming, loss, probability
+
+    def packed(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    for x in (torch.zeros(2, 64, 1, dtype=torch.bool), torch.zeros(2, 7, 5), torch.zeros(2, 64, 16, dtype=torch.bfloat16)):
+        outer, channels, inner = x.shape
+        out = packed(outer, inner, -(-channels // 8))
+        yield bits.pack_bits, (x, out)
+        yield bits.unpack_bits, (out, x)
+    on_device = torch.zeros(1, dtype=torch.int64)
+    yield bits.random_bits, (64, 0, 0, None, packed(2, 256, 8))
+    yield bits.random_bits, (7, 2**40, 2**40, on_device, packed(2, 3, 1))
+
+    for dtype, channels in ((torch.bfloat16, 64), (torch.float32, 7), (torch.float16, 64)):
+        special = channels == 7  # everything optional at once, or nothing
+        logits, x = torch.zeros(2, 256, channels, dtype=dtype), packed(2, 256, -(-channels // 8))
+        coefficients = torch.zeros(2 if special else 1, 4)
+        draw = (1, 2, 3, *((on_device, on_device) if special else (None, None)))
+        options = (logits, 2.0, x, x[:1], torch.zeros(1, dtype=torch.int32)) if special else (None, 1.0, None, None, None)
+        yield flip_step.flip_step, (logits, x, coefficients, *draw, 1.0, special, *options, x)
+        yield flip_step.add_noise, (x, coefficients[:, 0], channels, *draw, x)
+        for mode in (True, False):
+            yield binarize.binarize, (logits.unsqueeze(-1), mode, *draw, x)
+            yield binarize.binarize, (logits.mT.contiguous().unsqueeze(1), mode, *draw, x)
+        yield probability.flip_probability, (logits, x, coefficients, 1.0, special, logits.float())
+        yield probability.flip_probability_backward, (logits.float(), logits, x, coefficients, 1.0, special, logits)
+        for gamma in (0.0, 2.0):
+            yield loss.flip_loss, (logits, x, x, gamma, special, special, torch.zeros(2))
+            yield loss.flip_loss_backward, (torch.zeros(2), logits, x, x, gamma, special, special, logits)
+        for bias in (None, torch.zeros(768, dtype=dtype)):
+            rows, weight = x.flatten(0, 1), torch.zeros(channels, 768, dtype=dtype)
+            yield embed.embed_bits, (rows, weight, bias, special, torch.zeros(512, 768, dtype=dtype))
+        yield embed.embed_bits_backward, (torch.zeros(512, 768, dtype=dtype), rows, channels, special, weight)
+
+    for num_bytes in (2048, 7):
+        a, count = packed(64, num_bytes), torch.zeros(64, dtype=torch.int32)
+        yield hamming.hamming_distance, (a, a[:1], count)
+        for queries in (a[:1], a[:20]):
+            shape = (len(queries), 3)
+            nearest = (torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int64))
+            yield hamming.hamming_topk, (queries, a, 3, *nearest)
+
+
+class _Driver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def main() -> None:
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from bldm_kernels.backends.triton import load
+
+    triton.runtime.driver.set_active(_Driver())
+    compiled: dict[str, int] = {}
+
+    def compile_only(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        binary = kernel.run(*args, grid=grid, warmup=True, **options)
+        assert "sm_90" in binary.asm["ptx"] and len(binary.asm["cubin"]) > 0
+        compiled[kernel.__name__] = compiled.get(kernel.__name__, 0) + 1
+
+    JITFunction.__getitem__ = lambda self, grid: functools.partial(compile_only, self, grid)  # type: ignore[method-assign]
+    launchers = set()
+    for function, arguments in _calls():
+        function(*arguments)
+        launchers.add(function)
+
+    # Nothing is forgotten: every op of the backend was called, every kernel that a module launches was compiled.
+    triton.knobs.runtime.interpret = True
+    assert {f.__name__ for f in launchers} == set(load().kernels)
+    for module in {inspect.getmodule(f) for f in launchers}:
+        source = inspect.getsource(module)  # type: ignore[arg-type]
+        kernels = [name for name, value in vars(module).items() if isinstance(value, JITFunction) and f"{name}[" in source]
+        assert kernels and set(kernels) <= set(compiled), (module, kernels)
+    print(compiled)
+
+
+if __name__ == "__main__":
+    main()
