@@ -10,7 +10,7 @@ import pytest
 import torch
 from bldm.checkpoint import PretrainedModel, write_atomically
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_autoencoder, tiny_denoiser, tiny_model
+from tiny_models import AUTOENCODER, DENOISER, tiny_autoencoder, tiny_denoiser, tiny_model
 from torch import Tensor, nn
 
 import bldm_kernels as bk
@@ -86,8 +86,8 @@ def test_models(tmp_path: Path, make: Callable[[], Any]) -> None:
 
 def test_everything_a_sampler_needs_is_stored(tmp_path: Path) -> None:
     model = bldm.BinaryLatentDiffusion(
-        autoencoder=json.loads(json.dumps(tiny_model()._hub_mixin_config))["autoencoder"],
-        denoiser={"width": 16, "depth": 1, "num_heads": 2, "num_classes": 2},
+        autoencoder=AUTOENCODER,
+        denoiser={**DENOISER, "num_classes": 2},
         schedule="cosine",
         num_steps=10,
         prediction="x_0",

@@ -1,5 +1,6 @@
 """The commands, as a user types them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from bldm.cli import app
 from PIL import Image
-from tiny_models import CLASS_NAMES, tiny_denoiser, tiny_model
+from tiny_models import tiny_denoiser, tiny_model
 from typer.testing import CliRunner
 
 import bldm_kernels as bk
@@ -223,13 +224,10 @@ def test_no_command_shows_the_help() -> None:
 
 
 def test_a_real_process(model: Path) -> None:
-    """Exit codes, stdout and stderr as a shell sees them."""
+    """Exit code, stdout and stderr as a shell sees them."""
     command = [sys.executable, "-c", "from bldm.cli import app; app()", "sample", "--model", str(model), *FEW]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.strip().splitlines()[-1].startswith("samples.png: 6 samples in ")
     assert Path("samples.png").is_file()
-    done = subprocess.run([*command, "--label", "Coat"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    names = ", ".join([*(name.lower() for name in CLASS_NAMES), "0", "1", "2"])
-    assert done.stderr == f"error: label: 'Coat' is not a class of this model; expected one of {names}\n"
