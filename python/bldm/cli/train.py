@@ -1,0 +1,173 @@
+"""`bldm train-autoencoder` and `bldm train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..data import ImageData, load_images
+from ..training.loop import TrainOptions
+from .common import console, one_line_errors
+
+Data = Annotated[Path, typer.Argument(help="IDX folder, NPZ file or folder of images")]
+Out = Annotated[Path, typer.Option(help="Folder to write the model, checkpoints and train.json to")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps")]
+BatchSize = Annotated[int, typer.Option(help="Images a step and process")]
+Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate")]
+Decay = Annotated[float, typer.Option("--ema-decay", help="Of the averaged weights, which are what is saved")]
+Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16 [default: bf16 on a GPU, else no]")]
+Compile = Annotated[bool, typer.Option("--compile", help="Train under torch.compile")]
+Minutes = Annotated[float | None, typer.Option(help="Stop after so many minutes, with a checkpoint to --resume from")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first so many images")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels; needed for folders of images")]
+Flip = Annotated[bool, typer.Option("--flip", help="Mirror images too")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out")]
+LogDir = Annotated[str | None, typer.Option(help="Write TensorBoard scalars there")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random")]
+
+
+def _load(data: Path, image_size: int | None, limit: int | None) -> ImageData:
+    loaded = load_images(data, "train", image_size)
+    if limit is not None:
+        labels = None if loaded.labels is None else loaded.labels[:limit]
+        loaded = ImageData(loaded.images[:limit], labels, loaded.class_names)
+    return loaded
+
+
+def _precision(name: str | None) -> str:
+    return name or ("bf16" if torch.cuda.is_available() else "no")
+
+
+@one_line_errors
+def train_autoencoder(
+    data: Data,
+    out: Out = Path("runs/autoencoder"),
+    bits: Annotated[int, typer.Option(help="Bits at each position")] = 32,
+    base_channels: Annotated[int, typer.Option(help="Width of the first level")] = 64,
+    multipliers: Annotated[str, typer.Option(help="Width of each level; every level after the first halves the grid")] = "1,2,2",
+    res_blocks: Annotated[int, typer.Option(help="Residual blocks a level")] = 1,
+    attention: Annotated[bool, typer.Option("--attention", help="Attention at the lowest resolution")] = False,
+    mode: Annotated[str, typer.Option(help="Bits in training: bernoulli or threshold")] = "bernoulli",
+    mse_weight: Annotated[float, typer.Option(help="Loss: L1 + this times MSE")] = 1.0,
+    entropy_weight: Annotated[float, typer.Option(help="Reward for using every bit")] = 0.0,
+    steps: Steps = 10_000,
+    batch_size: BatchSize = 256,
+    lr: Rate = 1e-3,
+    ema_decay: Decay = 0.999,
+    mixed_precision: Precision = None,
+    compile: Compile = False,
+    max_minutes: Minutes = None,
+    max_train_samples: Limit = None,
+    image_size: ImageSize = None,
+    flip: Flip = False,
+    save_every: SaveEvery = 2000,
+    resume: Resume = False,
+    log_dir: LogDir = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a binary autoencoder on images."""
+    from ..training.autoencoder import train_autoencoder as run
+
+    loaded = _load(data, image_size, max_train_samples)
+    if loaded.images.shape[2] != loaded.images.shape[3]:
+        raise ValueError(f"data: expected square images, got {tuple(loaded.images.shape[2:])}")
+    config = {
+        "image_size": loaded.images.shape[2],
+        "in_channels": loaded.images.shape[1],
+        "num_bits": bits,
+        "base_channels": base_channels,
+        "channel_multipliers": [int(m) for m in multipliers.split(",")],
+        "num_res_blocks": res_blocks,
+        "attention": attention,
+        "mode": mode,
+    }
+    options = TrainOptions(
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        ema_decay=ema_decay,
+        seed=seed,
+        mixed_precision=_precision(mixed_precision),
+        compile=compile,
+        save_every=save_every,
+        max_minutes=max_minutes,
+        resume=resume,
+        log_dir=log_dir,
+    )
+    model = run(
+        config, loaded, options, out, mse_weight=mse_weight, entropy_weight=entropy_weight, flip=flip, details={"data": str(data)}
+    )
+    console.print(f"{out}: autoencoder with {_millions(model)} parameters, latents of {model.latent_shape} bits", soft_wrap=True)
+
+
+@one_line_errors
+def train(
+    data: Data,
+    autoencoder: Annotated[Path, typer.Option(help="Folder of a trained autoencoder")],
+    out: Out = Path("runs/diffusion"),
+    width: Annotated[int, typer.Option(help="Width of the transformer")] = 256,
+    depth: Annotated[int, typer.Option(help="Blocks")] = 6,
+    heads: Annotated[int, typer.Option(help="Attention heads")] = 4,
+    dropout: Annotated[float, typer.Option(help="Dropout in the blocks")] = 0.0,
+    schedule: Annotated[str, typer.Option(help="linear, cosine or sigmoid")] = "linear",
+    num_steps: Annotated[int, typer.Option(help="T, steps of the diffusion")] = 256,
+    prediction: Annotated[str, typer.Option(help="flip or x_0")] = "flip",
+    form: Annotated[str, typer.Option(help="Loss: plain, balanced or focal")] = "plain",
+    focal_gamma: Annotated[float, typer.Option(help="Exponent of the focal form")] = 1.0,
+    weighting: Annotated[str, typer.Option(help="mean, or weighted by 1 - (t - 1) / T")] = "mean",
+    posterior_kl: Annotated[float, typer.Option(help="Factor of the posterior's KL term")] = 0.0,
+    label_dropout: Annotated[float, typer.Option(help="Share of labels left out, for guidance")] = 0.1,
+    steps: Steps = 20_000,
+    batch_size: BatchSize = 256,
+    lr: Rate = 5e-4,
+    ema_decay: Decay = 0.9995,
+    mixed_precision: Precision = None,
+    compile: Compile = False,
+    max_minutes: Minutes = None,
+    max_train_samples: Limit = None,
+    flip: Flip = False,
+    save_every: SaveEvery = 2000,
+    resume: Resume = False,
+    log_dir: LogDir = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a denoiser on the bits of a trained autoencoder; class-conditional when the data has labels."""
+    from ..autoencoder import BinaryAutoencoder
+    from ..training.denoiser import train_denoiser
+
+    image_size = BinaryAutoencoder.from_pretrained(autoencoder).image_size
+    loaded = _load(data, image_size, max_train_samples)
+    options = TrainOptions(
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        ema_decay=ema_decay,
+        seed=seed,
+        mixed_precision=_precision(mixed_precision),
+        compile=compile,
+        save_every=save_every,
+        max_minutes=max_minutes,
+        resume=resume,
+        log_dir=log_dir,
+    )
+    model = train_denoiser(
+        autoencoder,
+        {"width": width, "depth": depth, "num_heads": heads, "dropout": dropout},
+        loaded,
+        options,
+        out,
+        schedule=schedule,
+        num_steps=num_steps,
+        prediction=prediction,
+        label_dropout=label_dropout,
+        flip=flip,
+        loss={"form": form, "focal_gamma": focal_gamma, "weighting": weighting, "posterior_kl": posterior_kl},
+        details={"data": str(data)},
+    )
+    console.print(f"{out}: denoiser with {_millions(model.denoiser)} parameters; try: bldm sample --model {out}", soft_wrap=True)
+
+
+def _millions(model: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"

@@ -1,0 +1,146 @@
+"""Images to train on: IDX files (MNIST and its kin), NPZ archives, folders of pictures."""
+
+import gzip
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+FASHION_MNIST = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]  # fmt: skip
+IDX_SPLITS = {"train": "train", "test": "t10k"}
+
+
+@dataclass
+class ImageData:
+    """Images uint8 (N, C, H, W), labels int64 (N,) or None, and the names of the classes if they are known."""
+
+    images: Tensor
+    labels: Tensor | None = None
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_images(path: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
+    """Load a whole data set into memory.
+
+    Args:
+        path: a folder with IDX files (train-images-idx3-ubyte[.gz] and so on), an NPZ file with `images` (N, H, W[, C]) uint8 and
+            `labels` (or one per split: train_images, test_images, ...), or a folder of pictures, a subfolder being a class
+            (below train/ and test/ folders if there are any).
+        split: "train" or "test".
+        image_size: pictures are cropped to a square and resized to it; other data must have this size already.
+
+    Raises: FileNotFoundError, ValueError naming the file and what was expected.
+    """
+    path = Path(path)
+    if split not in IDX_SPLITS:
+        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    if not path.exists():
+        raise FileNotFoundError(f"data: no file or folder {path}")
+    if path.is_file():
+        data = _load_npz(path, split)
+    elif (idx := _find_idx(path, split, "images")) is not None:
+        data = _load_idx(path, idx, split)
+    else:
+        return _load_folder(path, split, image_size)
+    if image_size is not None and tuple(data.images.shape[2:]) != (image_size, image_size):
+        raise ValueError(
+            f"data: {path} has images of {tuple(data.images.shape[2:])} pixels, expected {image_size} x {image_size}"
+        )
+    return data
+
+
+def _find_idx(folder: Path, split: str, what: str) -> Path | None:
+    names = [f"{IDX_SPLITS[split]}-{what}-idx{3 if what == 'images' else 1}-ubyte{ending}" for ending in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes: magic 0 0 8 ndim, big-endian sizes, data."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"data: {path} is not a whole gzip file: {error}") from None
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"data: {path} does not start like an IDX file of unsigned bytes")
+    ndim = raw[3]
+    sizes = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim]) if len(raw) >= 4 + 4 * ndim else ()
+    expected = 4 + 4 * ndim + int(np.prod(sizes, dtype=np.int64))
+    if not sizes or len(raw) != expected:
+        raise ValueError(f"data: {path} is truncated or too long: expected {expected} bytes for sizes {sizes}, got {len(raw)}")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
+
+
+def _load_idx(folder: Path, images_file: Path, split: str) -> ImageData:
+    images = torch.from_numpy(read_idx(images_file).copy()).unsqueeze(1)
+    labels_file = _find_idx(folder, split, "labels")
+    labels = None if labels_file is None else torch.from_numpy(read_idx(labels_file).astype(np.int64))
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"data: {labels_file} has {len(labels)} labels for {len(images)} images")
+    return ImageData(images, labels, FASHION_MNIST if "fashion" in str(folder.resolve()).lower() else None)
+
+
+def _load_npz(path: Path, split: str) -> ImageData:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"data: {path} is not an NPZ file of plain arrays: {error}") from None
+    images = arrays.get(f"{split}_images", arrays.get("images"))
+    labels = arrays.get(f"{split}_labels", arrays.get("labels"))
+    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
+        found = {name: (a.dtype.name, a.shape) for name, a in arrays.items()}
+        raise ValueError(f"data: {path}: expected an array 'images' of uint8 (N, H, W) or (N, H, W, C), found {found}")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"data: {path}: expected {len(images)} labels, found shape {labels.shape}")
+    x = torch.from_numpy(images)
+    x = x.unsqueeze(1) if x.dim() == 3 else x.movedim(-1, 1).contiguous()
+    names = arrays.get("class_names")
+    return ImageData(
+        x,
+        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+        None if names is None else [str(name) for name in names],
+    )
+
+
+def _load_folder(path: Path, split: str, image_size: int | None) -> ImageData:
+    root = path / split if (path / split).is_dir() else path
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in PICTURES)
+    if not files:
+        expected = "IDX files, or pictures (" + ", ".join(sorted(PICTURES)) + ")"
+        raise ValueError(f"data: {root} holds no {expected}")
+    if image_size is None:
+        raise ValueError(f"image_size: expected a size for the pictures in {root}, got None")
+    images = torch.stack([_load_picture(f, image_size) for f in files])
+    parents = [f.parent.relative_to(root).parts for f in files]
+    if not all(parents):
+        return ImageData(images)
+    names = sorted({parts[0] for parts in parents})
+    return ImageData(images, torch.tensor([names.index(parts[0]) for parts in parents]), names)
+
+
+def _load_picture(path: Path, size: int) -> Tensor:
+    """uint8 (3, size, size): the middle square, resized."""
+    try:
+        with Image.open(path) as picture:
+            rgb = picture.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"data: {path} is not a readable picture: {error}") from None
+    side = min(rgb.size)
+    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+    rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1

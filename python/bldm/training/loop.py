@@ -1,0 +1,200 @@
+"""The training loop both models share: accelerate, AdamW, EMA, warm-up and cosine decay, atomic checkpoints, exact resume."""
+
+import datetime
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..checkpoint import write_atomically
+
+CHECKPOINT, SUMMARY = "checkpoint.pt", "train.json"
+Objective = Callable[[nn.Module, Tensor, int], dict[str, Tensor]]
+
+
+@dataclass
+class TrainOptions:
+    """steps, batch_size (a process), lr, warmup steps, and so on; `max_minutes` ends a run early, after a checkpoint."""
+
+    steps: int = 10_000
+    batch_size: int = 256
+    lr: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    mixed_precision: str = "no"
+    compile: bool = False
+    save_every: int = 2000
+    max_minutes: float | None = None
+    resume: bool = False
+    log_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision: expected 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
+
+
+def learning_rate_factor(step: int, warmup: int, total: int) -> float:
+    """Linear warm-up, then cosine decay to a hundredth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Batches:
+    """Row indices of every step: epochs of a permutation that depends on (seed, epoch) alone, so a resumed run needs no state."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int):
+        if num_items < 1:
+            raise ValueError("data: expected at least one item, got none")
+        self.num_items, self.batch_size, self.seed = num_items, min(batch_size, num_items), seed
+        self.per_epoch = num_items // self.batch_size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            self._epoch, self._order = epoch, torch.randperm(self.num_items, generator=generator)
+        return self._order[position * self.batch_size :][: self.batch_size]
+
+
+def accelerator(options: TrainOptions) -> Any:
+    """huggingface accelerate: one GPU, several, or the CPU, as the launcher says."""
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise RuntimeError("training needs the extra: pip install 'bldm-kernels[train]'") from None
+    return Accelerator(mixed_precision=options.mixed_precision)
+
+
+def train(
+    model: nn.Module, objective: Objective, num_items: int, options: TrainOptions, out: Path, accel: Any, details: dict[str, Any]
+) -> nn.Module:
+    """Minimise objective(model, rows, step)["loss"]; returns the averaged (EMA) model, on every process.
+
+    Writes out/checkpoint.pt every `save_every` steps and out/train.json at the end (main process). With `options.resume` the
+    run goes on from the checkpoint exactly as if it had not been interrupted.
+    """
+    torch.manual_seed(options.seed)
+    model = model.to(accel.device)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.99))
+    first = _restore(out / CHECKPOINT, model, ema, optimizer, accel.device) if options.resume else 0
+    trained, optimizer = accel.prepare(torch.compile(model) if options.compile else model, optimizer)
+    batches = Batches(num_items, options.batch_size * accel.num_processes, options.seed)
+    writer = _writer(options.log_dir) if accel.is_main_process else None
+    start, step, shown = time.perf_counter(), first, ""
+    console = Console(quiet=not accel.is_main_process)
+    with _progress(console) as progress:
+        task = progress.add_task("training", total=options.steps, completed=first)
+        for step in range(first, options.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * learning_rate_factor(step, options.warmup, options.steps)
+            rows = batches(step).chunk(accel.num_processes)[accel.process_index].to(accel.device)
+            with accel.autocast():
+                losses = objective(trained, rows, step)
+            optimizer.zero_grad(set_to_none=True)
+            accel.backward(losses["loss"])
+            accel.clip_grad_norm_(trained.parameters(), options.grad_clip)
+            optimizer.step()
+            ema.update_parameters(model)
+            if step % 50 == 0 or step + 1 == options.steps:
+                values = {name: value.item() for name, value in losses.items()}
+                if not math.isfinite(values["loss"]):
+                    raise FloatingPointError(f"loss: {values['loss']} at step {step}")
+                rate = (step + 1 - first) * batches.batch_size / (time.perf_counter() - start)
+                shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+                progress.update(task, completed=step + 1, description=f"{shown}  {rate:,.0f} images/s")
+                if writer is not None:
+                    for name, value in values.items():
+                        writer.add_scalar(name, value, step)
+            late = options.max_minutes is not None and time.perf_counter() - start > 60 * options.max_minutes
+            if accel.is_main_process and ((step + 1) % options.save_every == 0 or step + 1 == options.steps or late):
+                _save(out / CHECKPOINT, step + 1, model, ema, optimizer)
+            if late:
+                break
+    minutes = (time.perf_counter() - start) / 60
+    if writer is not None:
+        writer.close()
+    if accel.is_main_process:
+        write_summary(out, options, step + 1, minutes, shown, accel, details)
+    return ema.module
+
+
+def write_summary(
+    out: Path, options: TrainOptions, steps: int, minutes: float, losses: str, accel: Any, details: dict[str, Any]
+) -> None:
+    gpu = accel.device.type == "cuda"
+    summary = {
+        "command": " ".join(["bldm", *sys.argv[1:]]),
+        "machine": torch.cuda.get_device_name(accel.device) if gpu else platform.processor() or "CPU",
+        "processes": accel.num_processes,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "steps_done": steps,
+        "minutes": round(minutes, 2),
+        "final_losses": losses,
+        "options": asdict(options),
+        **details,
+    }
+    text = json.dumps(summary, indent=1) + "\n"
+    write_atomically(out / SUMMARY, lambda name: Path(name).write_text(text))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _writer(log_dir: str | None) -> Any:
+    if log_dir is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RuntimeError("log_dir: needs tensorboard: pip install 'bldm-kernels[train]'") from None
+    return SummaryWriter(log_dir)
+
+
+def _save(path: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: Any) -> None:
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    write_atomically(path, lambda name: torch.save(state, name))
+
+
+def _restore(path: Path, model: nn.Module, ema: nn.Module, optimizer: Any, device: torch.device) -> int:
+    """Load a checkpoint and return the step to go on from; 0 when there is none yet."""
+    if not path.is_file():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+    except (KeyError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(f"resume: {path} is not a checkpoint of this model: {error}") from None
+    return int(state["step"])
