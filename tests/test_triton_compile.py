@@ -1,7 +1,8 @@
 """Every Triton kernel compiles for sm_90 on a machine without a GPU.
 
-The interpreter, which runs the kernels in the other tests, accepts more than the compiler does. Here the backend's own functions
-are called without the interpreter, in a process whose Triton driver is a stand-in that compiles for sm_90 and launches nothing.
+The interpreter, which runs the kernels in the other tests, accepts more than the compiler does. Here the backend's own
+functions are called without the interpreter, in a process whose Triton driver is a stand-in: it compiles for sm_90 and
+launches nothing.
 """
 
 import functools
@@ -21,7 +22,8 @@ pytest.importorskip("triton")
 def test_every_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parent.parent
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -35,7 +37,8 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     def packed(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.uint8)
 
-    for x in (torch.zeros(2, 64, 1, dtype=torch.bool), torch.zeros(2, 7, 5), torch.zeros(2, 64, 16, dtype=torch.bfloat16)):
+    for shape, dtype in (((2, 64, 1), torch.bool), ((2, 7, 5), torch.float32), ((2, 64, 16), torch.bfloat16)):
+        x = torch.zeros(shape, dtype=dtype)
         outer, channels, inner = x.shape
         out = packed(outer, inner, -(-channels // 8))
         yield bits.pack_bits, (x, out)
@@ -49,7 +52,8 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         logits, x = torch.zeros(2, 256, channels, dtype=dtype), packed(2, 256, -(-channels // 8))
         coefficients = torch.zeros(2 if special else 1, 4)
         draw = (1, 2, 3, *((on_device, on_device) if special else (None, None)))
-        options = (logits, 2.0, x, x[:1], torch.zeros(1, dtype=torch.int32)) if special else (None, 1.0, None, None, None)
+        count = torch.zeros(1, dtype=torch.int32)
+        options = (logits, 2.0, x, x[:1], count) if special else (None, 1.0, None, None, None)
         yield flip_step.flip_step, (logits, x, coefficients, *draw, 1.0, special, *options, x)
         yield flip_step.add_noise, (x, coefficients[:, 0], channels, *draw, x)
         for mode in (True, False):
@@ -114,8 +118,8 @@ def main() -> None:
     assert {f.__name__ for f in launchers} == set(load().kernels)
     for module in {inspect.getmodule(f) for f in launchers}:
         source = inspect.getsource(module)  # type: ignore[arg-type]
-        kernels = [name for name, value in vars(module).items() if isinstance(value, JITFunction) and f"{name}[" in source]
-        assert kernels and set(kernels) <= set(compiled), (module, kernels)
+        launched = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and f"{name}[" in source}
+        assert launched and launched <= set(compiled), (module, launched)
     print(compiled)
 
 

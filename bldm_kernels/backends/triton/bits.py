@@ -36,9 +36,7 @@ def _is_set(x, PREDICATE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def pack_rows(
-    x, out, num_samples, sample_bytes, num_bits, PREDICATE: tl.constexpr, SAMPLES: tl.constexpr, BYTES: tl.constexpr
-):
+def pack_rows(x, out, num_samples, sample_bytes, num_bits, PREDICATE: tl.constexpr, SAMPLES: tl.constexpr, BYTES: tl.constexpr):
     """(rows, C) -> (rows, P): here a "sample" is one row."""
     row, byte, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
     channel = (byte * 8)[:, None] + tl.arange(0, 8)[None, :]
@@ -47,9 +45,7 @@ def pack_rows(
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def unpack_rows(
-    packed, out, num_samples, sample_bytes, num_bits, ONE: tl.constexpr, SAMPLES: tl.constexpr, BYTES: tl.constexpr
-):
+def unpack_rows(packed, out, num_samples, sample_bytes, num_bits, ONE: tl.constexpr, SAMPLES: tl.constexpr, BYTES: tl.constexpr):
     """(rows, P) -> (rows, C)."""
     row, byte, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
     channel = (byte * 8)[:, None] + tl.arange(0, 8)[None, :]
@@ -69,9 +65,7 @@ def _column_tile(inner, row_bytes, POSITIONS: tl.constexpr, BYTES: tl.constexpr)
 
 
 @triton.jit
-def pack_columns(
-    x, out, inner, row_bytes, num_bits, PREDICATE: tl.constexpr, POSITIONS: tl.constexpr, BYTES: tl.constexpr
-):
+def pack_columns(x, out, inner, row_bytes, num_bits, PREDICATE: tl.constexpr, POSITIONS: tl.constexpr, BYTES: tl.constexpr):
     """(outer, C, inner) -> (outer, inner, P), one pass with reads along inner."""
     outer, position, byte, exists = _column_tile(inner, row_bytes, POSITIONS, BYTES)
     packed = tl.zeros((POSITIONS, BYTES), tl.int32)
@@ -83,9 +77,7 @@ def pack_columns(
 
 
 @triton.jit
-def unpack_columns(
-    packed, out, inner, row_bytes, num_bits, ONE: tl.constexpr, POSITIONS: tl.constexpr, BYTES: tl.constexpr
-):
+def unpack_columns(packed, out, inner, row_bytes, num_bits, ONE: tl.constexpr, POSITIONS: tl.constexpr, BYTES: tl.constexpr):
     """(outer, inner, P) -> (outer, C, inner)."""
     outer, position, byte, exists = _column_tile(inner, row_bytes, POSITIONS, BYTES)
     values = tl.load(packed + (outer * inner + position) * row_bytes + byte, exists, 0).to(tl.int32)

@@ -1,8 +1,8 @@
 """What every Triton kernel shares: the tile of packed bytes, the random stream, and its arithmetic.
 
 A program works on N packed bytes of one or more samples, [N], or on their bits, [N, 8]. The arithmetic is that of
-docs/random-stream.md to the last bit, so every kernel that draws bits is launched with `enable_fp_fusion=False`: a multiply
-and an add stay two roundings unless `fma` says otherwise.
+docs/random-stream.md to the last bit, so the kernels that draw bits from logits are launched without fusion of a multiply
+and an add (`enable_fp_fusion=False`): these stay two roundings unless `fma` says otherwise.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def byte_tile(num_samples, sample_bytes, SAMPLES: tl.constexpr, BYTES: tl.conste
 
 @triton.jit
 def bit_tile(sample, byte, exists, sample_bytes, row_bytes, num_bits, WHOLE_BYTES: tl.constexpr):
-    """[N, 8]: where the bits of the bytes lie in a (B, R, C) tensor, and which of them exist. WHOLE_BYTES: 8 divides C."""
+    """[N, 8]: where the bits of the bytes lie in a (B, R, C) tensor, and which exist. WHOLE_BYTES: 8 divides C."""
     lane = tl.arange(0, 8)[None, :]
     if WHOLE_BYTES:
         offsets = ((sample * sample_bytes + byte) * 8)[:, None] + lane

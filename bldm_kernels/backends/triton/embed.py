@@ -15,7 +15,15 @@ NUM_WARPS = 8
 
 @triton.jit
 def _load_bits(
-    packed, row, num_rows, byte, num_bits, M: tl.constexpr, BYTES: tl.constexpr, SIGNED: tl.constexpr, DTYPE: tl.constexpr
+    packed,
+    row,
+    num_rows,
+    byte,
+    num_bits,
+    M: tl.constexpr,
+    BYTES: tl.constexpr,
+    SIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """[M, 8 BYTES]: the bits of bytes byte .. byte + BYTES of rows row .. row + M, as +-1 (SIGNED) or 0/1 in DTYPE."""
     row_bytes = (num_bits + 7) // 8
@@ -83,7 +91,7 @@ def embed_gradient(
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """partials[s] = bits^T @ grad over STEPS BLOCK_M rows, from row s STEPS BLOCK_M on: a tile [BLOCK_C, BLOCK_D] of it."""
+    """partials[s] = a tile [BLOCK_C, BLOCK_D] of bits^T @ grad over STEPS BLOCK_M rows, from s STEPS BLOCK_M on."""
     channel, split = tl.program_id(0) * BLOCK_C, tl.program_id(2)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     dtype: tl.constexpr = grad.dtype.element_ty

@@ -85,16 +85,19 @@ def _words(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def set_bits(a: Tensor, b: Tensor | None, out: Tensor) -> None:
     """(B, n), None or (B or 1, n) -> (B,) int32: number of set bits of each row of a ^ b, or of a."""
-    x, *other = _words(a) if b is None else _words(a, b)
-    num_words = x.shape[1]
+    if b is None:
+        (a,) = _words(a)
+    else:
+        a, b = _words(a, b)
+    num_rows, num_words = a.shape
     stride = num_words if b is not None and b.shape[0] > 1 else 0
-    grid = (triton.cdiv(x.shape[0], ROWS),)
+    grid = (triton.cdiv(num_rows, ROWS),)
     with on_device(a):
         row_distances[grid](
-            x,
-            *(other or [None]),
+            a,
+            b,
             out,
-            x.shape[0],
+            num_rows,
             num_words,
             stride,
             ROWS=ROWS,

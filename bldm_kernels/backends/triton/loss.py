@@ -68,7 +68,7 @@ def loss_partials(
     WHOLE_BYTES: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """Of BYTES bytes of one sample: the loss where the target is set, where it is not, and the number of set targets."""
+    """Of BYTES bytes of a sample: the loss where the target is set, where it is not, and how many are set."""
     sample, byte, exists = byte_tile(num_samples, sample_bytes, 1, BYTES)
     m, y, _, valid = _load_margin(
         logits, x_0, x_t, sample, byte, exists, sample_bytes, row_bytes, num_bits, X0_PREDICTION, WHOLE_BYTES

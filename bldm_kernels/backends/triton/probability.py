@@ -38,7 +38,7 @@ def probability(
     SAMPLES: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """P = N / D, N = n0 (1 + e) + n1 and D = d0 (1 + e) + d1; with `grad`, grad dP/dl = grad (n1 d0 - n0 d1) e / (D^2 T)."""
+    """P = N / D, N = n0 (1 + e) + n1 and D = d0 (1 + e) + d1; with `grad`, grad (n1 d0 - n0 d1) e / (D^2 T)."""
     sample, byte, exists = byte_tile(num_samples, sample_bytes, SAMPLES, BYTES)
     offsets, valid = bit_tile(sample, byte, exists, sample_bytes, row_bytes, num_bits, WHOLE_BYTES)
     flip_logits = tl.load(logits + offsets, valid, 0.0).to(tl.float32)
