@@ -42,7 +42,7 @@ struct WideProduct {
 
 // Philox4x32-10 (Salmon et al. 2011): replaces the counter c by its random words.
 template <class Word, class Product = WideProduct>
-BLDM_INLINE void philox_4x32_10(Word (&c)[4], uint32_t key0, uint32_t key1, Product product = {}) {
+BLDM_INLINE void philox_4x32_10(Word (&c)[4], Word key0, Word key1, Product product = {}) {
     for (int round = 0; round < 10; ++round) {
         Word high0, low0, high1, low1;
         product(0xD2511F53u, c[0], high0, low0);
@@ -57,12 +57,14 @@ BLDM_INLINE void philox_4x32_10(Word (&c)[4], uint32_t key0, uint32_t key1, Prod
 }
 
 // The block of one packed byte: its index within the sample, and the 64-bit sample index.
-BLDM_INLINE void random_block(const Stream& stream, uint32_t byte, uint64_t sample, uint32_t (&words)[4]) {
+template <class Product = WideProduct>
+BLDM_INLINE void random_block(const Stream& stream, uint32_t byte, uint64_t sample, uint32_t (&words)[4],
+                              Product product = {}) {
     words[0] = byte;
     words[1] = stream.draw;
     words[2] = uint32_t(sample);
     words[3] = uint32_t(sample >> 32);
-    philox_4x32_10(words, stream.key0, stream.key1);
+    philox_4x32_10(words, stream.key0, stream.key1, product);
 }
 
 // Lane j of a block, 16 bits: it decides bit j of the byte.

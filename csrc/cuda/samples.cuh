@@ -1,0 +1,156 @@
+// How the packed bytes of a batch are spread over threads, and how a thread reads the eight values of a byte.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+
+namespace bldm::cuda {
+
+// Blocks that are enough to fill a large GPU twice over: with more work than that, a thread takes several bytes.
+constexpr int64_t kManyBlocks = 2048;
+constexpr int kThreads = 256;
+
+// A block works on `chunk` bytes of each of blockDim.y samples.
+struct SampleGrid {
+    int64_t batch;
+    uint32_t bytes;   // of a sample; the random stream allows less than 2^32
+    uint32_t chunk;   // bytes a block
+    uint32_t chunks;  // blocks a sample
+
+    SampleGrid(int64_t batch_, int64_t bytes_) : batch(batch_), bytes(uint32_t(bytes_)) {
+        if (bytes_ >= int64_t(1) << 32) throw std::invalid_argument("a sample has 2^32 packed bytes or more");
+        uint32_t per_thread = 1;
+        while (per_thread < 16 && batch * ceil_div<int64_t>(bytes_, 2 * per_thread * kThreads) >= kManyBlocks)
+            per_thread *= 2;
+        chunk = uint32_t(std::min<int64_t>(bytes_, int64_t(per_thread) * kThreads));
+        chunks = uint32_t(ceil_div<int64_t>(bytes_, chunk));
+    }
+
+    // Threads (bytes, samples): small samples share a block.
+    dim3 threads() const {
+        unsigned x = 1;
+        while (x < kThreads && x < chunk) x *= 2;
+        return dim3(x, kThreads / x);
+    }
+    unsigned blocks() const {
+        const int64_t count = ceil_div<int64_t>(batch, threads().y) * chunks;
+        if (count >= int64_t(1) << 31) throw std::invalid_argument("too many samples for one launch");
+        return unsigned(count);
+    }
+};
+
+// A thread's part of the work: bytes begin + threadIdx.x, begin + threadIdx.x + blockDim.x, ... of its sample.
+struct Share {
+    int64_t sample;
+    uint32_t begin, count;
+
+    __device__ __forceinline__ explicit Share(const SampleGrid& grid) {
+        const uint32_t group = blockIdx.x / grid.chunks;
+        begin = (blockIdx.x - group * grid.chunks) * grid.chunk;
+        sample = int64_t(group) * blockDim.y + threadIdx.y;
+        count = sample < grid.batch ? min(grid.chunk, grid.bytes - begin) : 0;
+    }
+};
+
+// A 64-bit argument that may live on the device, so that a captured graph can be replayed with another value.
+struct Scalar {
+    int64_t value;
+    const int64_t* pointer;
+
+    __device__ __forceinline__ int64_t get() const { return pointer ? *pointer : value; }
+};
+
+// Computed once, here: the compiler is not to fold it into the arithmetic of every turn of a loop.
+template <class T>
+__device__ __forceinline__ T pinned(T value) {
+    static_assert(sizeof(T) == 8);
+    asm("" : "+l"(value));
+    if constexpr (std::is_pointer_v<T>) __builtin_assume(__isGlobal(value));
+    return value;
+}
+
+// A byte that is needed late: the load starts here, where the compiler would have moved it to the first use.
+__device__ __forceinline__ uint32_t load_now(const uint8_t* pointer) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u8 %0, [%1];" : "=r"(value) : "l"(pointer));
+    return value;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+    if constexpr (std::is_same_v<T, __half>)
+        return __float2half_rn(x);
+    else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        return __float2bfloat16_rn(x);
+    else
+        return x;
+}
+
+// Element j of 32-bit words that hold elements of type T.
+template <class T, int kWords>
+__device__ __forceinline__ float element(const uint32_t (&words)[kWords], int j) {
+    if constexpr (std::is_same_v<T, float>) return __uint_as_float(words[j]);
+    if constexpr (std::is_same_v<T, __half>) return __half2float(__ushort_as_half(uint16_t(words[j / 2] >> (16 * (j % 2)))));
+    // bfloat16 is the upper half of a float.
+    return __uint_as_float(j % 2 ? words[j / 2] & 0xFFFF0000u : words[j / 2] << 16);
+}
+
+// Eight elements as they lie in memory.
+template <class T>
+struct alignas(16) Eight {
+    T item[8];
+};
+
+// Reads `count` values into eight floats (the others are 0). kVector: all eight, 16-byte aligned.
+template <bool kVector, class T>
+__device__ __forceinline__ void read(const T* __restrict__ from, int count, float (&to)[8]) {
+    if constexpr (kVector) {
+        uint32_t raw[2 * sizeof(T)];
+#pragma unroll
+        for (int i = 0; i < int(sizeof(T) / 2); ++i)
+            *reinterpret_cast<uint4*>(raw + 4 * i) = __ldg(reinterpret_cast<const uint4*>(from) + i);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) to[j] = element<T>(raw, j);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) to[j] = j < count ? to_float(from[j]) : 0.0f;
+    }
+}
+
+template <bool kVector, class T>
+__device__ __forceinline__ void write(T* to, int count, const float (&from)[8]) {
+    if constexpr (kVector) {
+        Eight<T> raw;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) raw.item[j] = from_float<T>(from[j]);
+        const uint4* source = reinterpret_cast<const uint4*>(&raw);
+        uint4* target = reinterpret_cast<uint4*>(to);
+#pragma unroll
+        for (int i = 0; i < int(sizeof(raw) / 16); ++i) target[i] = source[i];
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            if (j < count) to[j] = from_float<T>(from[j]);
+    }
+}
+
+// Where the values of a packed byte lie within its sample's (R, C), and how many it has.
+struct Position {
+    int64_t offset;
+    int count;
+
+    template <bool kVector>
+    static __device__ __forceinline__ Position of(uint32_t byte, uint32_t channels) {
+        if constexpr (kVector) return {int64_t(byte) * 8, 8};  // C % 8 == 0: no padding anywhere
+        const uint32_t row_bytes = (channels + 7) / 8;
+        const uint32_t row = byte / row_bytes, first = (byte - row * row_bytes) * 8;
+        return {int64_t(row) * channels + first, int(min(8u, channels - first))};
+    }
+};
+
+}  // namespace bldm::cuda
