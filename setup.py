@@ -64,7 +64,7 @@ def find_cxx() -> str:
 
 
 def find_nvcc() -> str:
-    if not list((ROOT / "csrc/cuda").glob("*.cu")):
+    if not (ROOT / "csrc/cuda/bindings.cpp").exists():
         raise Unavailable("no CUDA sources")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")

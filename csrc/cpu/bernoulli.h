@@ -59,7 +59,7 @@ struct Draw {
             });
         }
         words[1] = U{} + stream.draw;
-        philox_4x32_10(words, stream.key0, stream.key1, VectorProduct());
+        philox_4x32_10(words, U{} + stream.key0, U{} + stream.key1, VectorProduct());
         // Within every four positions: words 0..3 of position 0, then of position 1, ...
         const U low01 = interleave<0>(words[0], words[1]), high01 = interleave<2>(words[0], words[1]);
         const U low23 = interleave<0>(words[2], words[3]), high23 = interleave<2>(words[2], words[3]);
@@ -71,7 +71,7 @@ struct Draw {
     // Vector v of the group's bits: set with probability numerator / denominator.
     BLDM_INLINE uint32_t test(const Group& group, int v, const uint16_t* lanes, F numerator, F denominator) const {
         const F scaled = denominator * 0x1p-16f;
-        const F h = __builtin_convertvector(__builtin_convertvector(load_as<U16>(lanes + v * kLanes), I), F);
+        const F h = load_uint16(lanes + v * kLanes);
         const F remainder = fma(-h, scaled, numerator);
         const uint32_t positive = less(F{}, remainder), below = less(remainder, scaled);
         if (__builtin_expect(positive & below, 0)) return (positive & ~below) | ties(group, v, positive & below, remainder, scaled);

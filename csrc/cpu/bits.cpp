@@ -17,6 +17,12 @@ using Eight = typename EightOf<T>::type;
 // Bit j: item j of eight is not zero (significant: all bits, or all but a float's sign).
 template <class T>
 BLDM_INLINE uint8_t pack_eight(const T* items, T significant) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        const __m256i zero = _mm256_cmpeq_epi32(__m256i(load_as<Eight<T>>(items) & significant), __m256i{});
+        return uint8_t(~_mm256_movemask_ps(__m256(zero)));
+    }
+#endif
     typedef int8_t Bytes __attribute__((vector_size(8)));
     const auto set = (load_as<Eight<T>>(items) & significant) != T(0);
     const uint64_t selected = uint64_t(__builtin_convertvector(set, Bytes)) & 0x8040201008040201u;

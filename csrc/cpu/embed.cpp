@@ -3,8 +3,6 @@
 // Four channels have 16 combinations. For a block of columns, the sum of the signed weight rows of every combination is worked
 // out once; then a row costs one table look-up and one addition for four channels. Backward it is the transpose: gradients are
 // added up by combination, and each combination goes to its four channels at the end.
-#include <vector>
-
 #include "cpu/groups.h"
 
 namespace bldm::BLDM_ISA {
@@ -37,20 +35,20 @@ BLDM_INLINE void store_row(const Row& row, int64_t count, T* x) {
     if (count < kColumns) std::memcpy(static_cast<void*>(x), buffer, size_t(count) * sizeof(T));
 }
 
-// The sums of channels 4 t .. 4 t + 3 of the weight (its columns from `column`) for all combinations of their bits.
+// The sums of four channels of the weight (a block of its columns) for all 16 combinations of their bits.
 template <class T>
 void fill(Table& table, const T* weight, int64_t channels, int64_t columns, int64_t first_channel, int64_t column,
           bool is_signed) {
-    std::memset(table, 0, sizeof table);
+    Row step[4] = {};  // what setting a bit adds
+    std::memset(table[0], 0, sizeof table[0]);
     for (int j = 0; j < 4 && first_channel + j < channels; ++j) {
-        Row w;
-        load_row(weight + (first_channel + j) * columns + column, std::min<int64_t>(kColumns, columns - column), w);
-        for (int combination = 0; combination < 16; ++combination)
-            for (int v = 0; v < kVectors; ++v) {
-                const bool set = combination >> j & 1;
-                if (set || is_signed) table[combination][v] += set ? w[v] : -w[v];
-            }
+        load_row(weight + (first_channel + j) * columns + column, std::min<int64_t>(kColumns, columns - column), step[j]);
+        if (!is_signed) continue;
+        for (int v = 0; v < kVectors; ++v) table[0][v] -= step[j][v], step[j][v] *= 2.0f;
     }
+    for (int combination = 1; combination < 16; ++combination)
+        for (int v = 0; v < kVectors; ++v)
+            table[combination][v] = table[combination & (combination - 1)][v] + step[__builtin_ctz(unsigned(combination))][v];
 }
 
 }  // namespace

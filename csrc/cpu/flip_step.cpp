@@ -24,21 +24,25 @@ void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t bat
             const T* unconditional =
                 uncond_logits ? group.gather(static_cast<const T*>(uncond_logits), shape, uncond_buffer) : nullptr;
             const Ratio ratio(coefficients, coefficient_rows, group.sample);
-            int missing = 0;
+            const auto logit = [&](int v) {
+                const F l = load(conditional + v * kLanes);
+                if (!unconditional) return l;
+                const F u = load(unconditional + v * kLanes);
+                return fma(splat(guidance_scale), l - u, u);
+            };
+            F spoiled{};  // NaN where a logit is not finite
             for (int v = 0; v < 8; ++v) {
-                F l = load(conditional + v * kLanes);
-                if (unconditional) {
-                    const F u = load(unconditional + v * kLanes);
-                    l = fma(splat(guidance_scale), l - u, u);
-                }
-                missing += kLanes - __builtin_popcount(less(l - l, splat(1.0f)));  // NaN unless l is finite
+                F l = logit(v);
+                spoiled += l - l;
                 if (x0_prediction) l = negate_where(x.get(v), l);
                 const F e = exp2_clamped(l * scale);
                 mask.put(v, draw.test(group, v, lanes, ratio.numerator(e), ratio.denominator(e)));
             }
-            if (missing) {
+            if (less(spoiled, splat(1.0f)) != kAllLanes) {
+                int finite = 0;
+                for (int v = 0; v < 8; ++v) finite += __builtin_popcount(less(logit(v) - logit(v), splat(1.0f)));
 #pragma omp atomic
-                bad += missing;
+                bad += kGroupBits - finite;
             }
             mask.clear_padding(shape, group);
             for (int b = 0; b < kLanes; ++b) x.bytes[b] ^= mask.bytes[b];

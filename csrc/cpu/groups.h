@@ -46,12 +46,15 @@ struct Group {
     // Calls body(b, offset of its first value, number of channels in it) for each byte b; channels are shape.inner apart.
     template <class Body>
     BLDM_INLINE void for_values(const Shape& shape, Body body) const {
-        int64_t row = first / shape.row_bytes(), channel = 8 * (first % shape.row_bytes());
+        const int64_t row = first / shape.row_bytes();
+        int64_t channel = 8 * (first % shape.row_bytes()), outer = row / shape.inner, position = row % shape.inner;
         for (int b = 0; b < count; ++b) {
-            const int64_t offset = (row / shape.inner * shape.channels + channel) * shape.inner + row % shape.inner;
+            const int64_t offset = (outer * shape.channels + channel) * shape.inner + position;
             body(b, offset, int(std::min<int64_t>(8, shape.channels - channel)));
             channel += 8;
-            if (channel >= shape.channels) channel = 0, ++row;
+            if (channel < shape.channels) continue;
+            channel = 0;
+            if (++position == shape.inner) position = 0, ++outer;
         }
     }
 

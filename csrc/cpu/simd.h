@@ -21,6 +21,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
@@ -28,7 +29,11 @@ typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t U64 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
 
-BLDM_INLINE F splat(float x) { return F{} + x; }
+BLDM_INLINE F splat(float x) {
+    F v;
+    for (int i = 0; i < kLanes; ++i) v[i] = x;
+    return v;
+}
 
 template <class V, class T>
 BLDM_INLINE V load_as(const T* p) {
@@ -71,6 +76,17 @@ BLDM_INLINE uint32_t less(F a, F b) {
 #endif
 }
 
+// kLanes numbers of 16 bits.
+BLDM_INLINE F load_uint16(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(load_as<__m256i>(p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(load_as<__m128i>(p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load_as<U16>(p), I), F);
+#endif
+}
+
 // min(max(x, -limit), limit); NaN stays NaN.
 BLDM_INLINE F clamp(F x, float limit) {
 #if defined(__AVX512F__)
@@ -85,8 +101,8 @@ BLDM_INLINE F clamp(F x, float limit) {
 
 // All ones in lane i where bit i is set.
 BLDM_INLINE I lanes_of(uint32_t bits) {
-    const U selected = (U{} + bits) & (U{} + 1u) << iota();
-    return I(selected != 0);
+    const U bit = (U{} + 1u) << iota();
+    return I((bit & bits) == bit);
 }
 
 BLDM_INLINE F negate_where(uint32_t bits, F x) { return F(U(x) ^ (U(lanes_of(bits)) & 0x80000000u)); }
@@ -114,7 +130,13 @@ struct VectorProduct {
     BLDM_INLINE void operator()(uint32_t a, U b, U& high, U& low) const {
         const U factor = U{} + a;
         const U64 evens = even(b, factor), odds = even(U(U64(b) >> 32), factor);
+#if defined(__AVX512F__)
+        high = U(_mm512_mask_shuffle_epi32(__m512i(odds), 0x5555, __m512i(evens), _MM_PERM_CDAB));
+#elif defined(__AVX2__)
+        high = U(_mm256_blend_epi32(__m256i(evens >> 32), __m256i(odds), 0xAA));
+#else
         high = U((evens >> 32) | (odds & 0xFFFFFFFF00000000u));
+#endif
         low = b * a;
     }
 };
