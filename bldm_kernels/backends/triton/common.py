@@ -23,7 +23,8 @@ from ...reference import (
     STEP_BITS,
 )
 
-BLOCK = 256  # packed bytes a program
+# Packed bytes a program; more in the interpreter, whose cost is by the operation rather than by the element.
+BLOCK = 2048 if triton.knobs.runtime.interpret else 256
 NUM_WARPS = 4
 # Values that change from call to call must not become part of a compiled kernel.
 NOT_SPECIALIZED = ["seed", "step", "sample_offset", "num_samples"]
@@ -111,10 +112,10 @@ def load_coefficients(coefficients, sample, exists, PER_SAMPLE: tl.constexpr):
         row = (coefficients + sample * 4)[:, None]
         mask = exists[:, None]
         return (
-            tl.load(row, mask, 0.0),
-            tl.load(row + 1, mask, 0.0),
-            tl.load(row + 2, mask, 0.0),
-            tl.load(row + 3, mask, 0.0),
+            tl.load(row, mask, 1.0),
+            tl.load(row + 1, mask, 1.0),
+            tl.load(row + 2, mask, 1.0),
+            tl.load(row + 3, mask, 1.0),
         )
     else:
         return tl.load(coefficients), tl.load(coefficients + 1), tl.load(coefficients + 2), tl.load(coefficients + 3)
