@@ -389,7 +389,7 @@ def _run_embed_bits(packed: Tensor, weight: Tensor, bias: Tensor | None, signed:
     if out.numel():
         kernel = select("embed_bits", out.device, weight.dtype)
         bias = None if bias is None else bias.contiguous()
-        rows = packed.contiguous().view(-1, packed.shape[-1])
+        rows = packed.contiguous().view(out.numel() // out.shape[-1], packed.shape[-1])
         kernel(rows, weight.contiguous(), bias, signed, out.view(-1, out.shape[-1]))
 
 
@@ -403,7 +403,7 @@ _define(
 
 
 def _run_embed_bits_backward(grad: Tensor, packed: Tensor, num_bits: int, signed: bool, out: Tensor) -> None:
-    if grad.numel():
+    if grad.numel() and out.numel():
         kernel = select("embed_bits_backward", out.device, grad.dtype)
         rows = packed.contiguous().view(-1, packed.shape[-1])
         kernel(grad.contiguous().view(-1, grad.shape[-1]), rows, num_bits, signed, out)
@@ -441,8 +441,11 @@ _define(
 
 
 def _run_hamming_topk(queries: Tensor, database: Tensor, k: int, distances: Tensor, indices: Tensor) -> None:
-    if distances.numel():
+    if distances.numel() and queries.numel():
         select("hamming_topk", distances.device)(_flat(queries), _flat(database), k, distances, indices)
+    else:
+        distances.zero_()
+        indices.copy_(torch.arange(k, device=indices.device).expand_as(indices))
 
 
 _define(

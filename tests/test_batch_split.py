@@ -68,11 +68,26 @@ def test_any_split_gives_the_same_bits(target: Target, draw: Draw, split: str) -
 
 @pytest.mark.parametrize("draw", DRAWS, ids=lambda d: d.__name__.removeprefix("draw_"))
 def test_all_backends_agree_on_a_million_bits(target: Target, draw: Draw) -> None:
-    """About 15 of these bits are decided by the tie block."""
-    shape = (61, 256, 64)
+    """About 15 of these bits are decided by the tie block. In Triton's interpreter one op has to do for all."""
+    samples = 61 if target.fast or draw is draw_flip_step else 7
+    shape = (samples, 256, 64)
     got = draw(*[x.to(target.device) for x in make_inputs(*shape)], FIRST)
     differing = int(bk.reference.unpack_bits(got.cpu() ^ reference_bits(draw, *shape), 64).sum())
-    assert differing == 0, f"{differing} of {61 * 256 * 64} bits differ from the reference"
+    assert differing == 0, f"{differing} of {samples * 256 * 64} bits differ from the reference"
+
+
+def test_any_number_of_threads_gives_the_same_bits(cpu_backend: None) -> None:
+    inputs = make_inputs(5, 333, 100)
+    before = torch.get_num_threads()
+    try:
+        for draw in DRAWS:
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(draw(*inputs, FIRST))
+            assert all(torch.equal(results[0], other) for other in results)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_batches_of_other_seeds_steps_and_samples_differ(target: Target) -> None:
