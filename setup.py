@@ -5,6 +5,8 @@ built), 0 (leave out) or 1 (fail when it cannot be built); BLDM_CUDA_ARCHS, for 
 as PTX); CUDA_HOME.
 """
 
+import functools
+import json
 import os
 import platform
 import shutil
@@ -17,9 +19,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+PYTHON_INCLUDE = sysconfig.get_paths()["include"]
 # -ffp-contract=off: a fused multiply-add only where the random stream's definition has one.
 CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi"
+    "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-Wall -Wextra -Wno-psabi"
 )
 ISA_FLAGS = {
     "portable": "",
@@ -45,12 +49,15 @@ def cpu_isas() -> list[str]:
     return list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
 
 
+@functools.cache
 def find_cxx() -> str:
-    """A C++ compiler that takes our flags."""
+    """A C++ compiler that takes our flags, and the headers of this Python."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     cxx = next((path for name in names if (path := shutil.which(name))), None)
     if cxx is None:
         raise Unavailable(f"no C++ compiler found (looked for {', '.join(names)})")
+    if not Path(PYTHON_INCLUDE, "Python.h").exists():
+        raise Unavailable(f"no Python headers in {PYTHON_INCLUDE} (Debian: python3-dev)")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <cmath>\n#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n")
@@ -86,26 +93,17 @@ def gencode(archs: list[str]) -> str:
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
-def plan() -> tuple[str | None, str | None, str, str]:
-    """(C++ compiler or None, nvcc or None, why no C++ kernels, why no CUDA kernels)."""
-    tools: dict[str, str | None] = {}
-    reasons: dict[str, str] = {}
-    cxx_error = ""
-    for part, find in (("CPU", find_cxx), ("CUDA", find_nvcc)):
-        tools[part], reasons[part] = None, "" if wanted(part) != "0" else f"BLDM_BUILD_{part}=0"
-        if wanted(part) == "0":
-            continue
-        try:
-            tools[part] = find()
-            if part == "CUDA" and tools["CPU"] is None:
-                find_cxx()  # the host side of the CUDA kernels needs one too
-        except Unavailable as error:
-            tools[part], reasons[part] = None, str(error)
-            if wanted(part) == "1":
-                cxx_error = f"BLDM_BUILD_{part}=1, but {error}"
-    if cxx_error:
-        raise SystemExit(cxx_error)
-    return tools["CPU"], tools["CUDA"], reasons["CPU"], reasons["CUDA"]
+def find_part(part: str) -> tuple[str | None, str]:
+    """(the compiler of part "CPU" or "CUDA", or None; why not)."""
+    if wanted(part) == "0":
+        return None, f"BLDM_BUILD_{part}=0"
+    try:
+        host = find_cxx()  # nvcc needs one too
+        return (host if part == "CPU" else find_nvcc()), ""
+    except Unavailable as error:
+        if wanted(part) == "1":
+            raise SystemExit(f"BLDM_BUILD_{part}=1, but {error}") from None
+        return None, str(error)
 
 
 def escape(path: object) -> str:
@@ -116,9 +114,18 @@ class Ninja:
     """A build.ninja: compile edges, then one link."""
 
     def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.lines: list[str] = []
         self.objects: list[str] = []
+
+    def header(self, name: str, macros: dict[str, bool | str]) -> None:
+        """A header of macros, 0 or 1 or a text; left alone when it is the same, so that nothing is compiled again."""
+        values = {m: json.dumps(v) if isinstance(v, str) else int(v) for m, v in macros.items()}
+        text = "".join(f"#define {macro} {value}\n" for macro, value in values.items())
+        path = self.folder / name
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
 
     def rule(self, name: str, command: str, depfile: bool = True) -> None:
         self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
@@ -133,7 +140,6 @@ class Ninja:
         self.lines.append(f"build {escape(target)}: link {' '.join(self.objects)}")
 
     def run(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         import ninja  # a build requirement; setup.py must also load without it, to say what it requires
 
@@ -142,7 +148,7 @@ class Ninja:
 
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        cxx, nvcc, no_cpu, no_cuda = plan()
+        (cxx, no_cpu), (nvcc, no_cuda) = find_part("CPU"), find_part("CUDA")
         cpu_line = f"CPU kernels ({', '.join(cpu_isas())}; {cxx})" if cxx else f"no CPU kernels: {no_cpu}"
         cuda_line = f"CUDA kernels (sm_{', sm_'.join(cuda_archs())}; {nvcc})" if nvcc else f"no CUDA kernels: {no_cuda}"
         if cxx or nvcc:
@@ -156,22 +162,19 @@ class BuildNative(build_ext):
         host = cxx or find_cxx()
         archs = gencode(cuda_archs()) if nvcc else ""
         include = f"-I{escape(ROOT / 'csrc')}"
-        python = f"-isystem {escape(pybind11.get_include())} -isystem {escape(sysconfig.get_paths()['include'])}"
+        python = f"-isystem {escape(pybind11.get_include())} -isystem {escape(PYTHON_INCLUDE)}"
 
-        def define(name: str, text: str) -> str:
-            return f"-D{name}='\"{text}\"'".replace("$", "$$")
-
-        # Each part is either there or says why not.
-        parts = " ".join(
-            [
-                "-DBLDM_WITH_CPU" if cxx else define("BLDM_NO_CPU", no_cpu),
-                f"-DBLDM_WITH_CUDA {define('BLDM_CUDA_ARCHS', ';'.join(cuda_archs()))}"
-                if nvcc
-                else define("BLDM_NO_CUDA", no_cuda),
-                "-DBLDM_X86" if len(cpu_isas()) > 1 else "",
-            ]
-        )
         build = Ninja(Path(self.build_temp).resolve())
+        # What bindings.cpp is told: each part is either there or says why not.
+        told = {
+            "BLDM_X86": len(cpu_isas()) > 1,
+            "BLDM_WITH_CPU": cxx is not None,
+            "BLDM_WITH_CUDA": nvcc is not None,
+            "BLDM_NO_CPU": no_cpu,
+            "BLDM_NO_CUDA": no_cuda,
+            "BLDM_CUDA_ARCHS": ";".join(cuda_archs()) if nvcc else "",
+        }
+        build.header("build_info.h", told)
         build.rule("cxx", f"{escape(host)} {CXX_FLAGS} {include} $flags -MMD -MF $out.d -c $in -o $out")
         build.rule("nvcc", f"{nvcc} -ccbin {escape(host)} {NVCC_FLAGS} {include} $flags -MMD -MF $out.d -c $in -o $out")
         linker = f"{nvcc} -ccbin {escape(host)} {archs} -cudart static" if nvcc else host
@@ -184,10 +187,10 @@ class BuildNative(build_ext):
                 build.compile("nvcc", source, archs)
             for source in sorted(cuda.glob("*.cpp")):
                 build.compile("nvcc", source, python)
-        build.compile("cxx", ROOT / "csrc/bindings.cpp", f"{python} {parts}")
+        build.compile("cxx", ROOT / "csrc/bindings.cpp", f"{python} -I. -O1")
         if cxx:
             cpu = ROOT / "csrc/cpu"
-            build.compile("cxx", cpu / "bindings.cpp", f"{python} {parts}")
+            build.compile("cxx", cpu / "bindings.cpp", f"{python} -I. -O1")
             # The portable objects come first: of an inline function that several objects hold, the linker keeps the first.
             for isa in cpu_isas():
                 for source in sorted(set(cpu.glob("*.cpp")) - {cpu / "bindings.cpp"}):

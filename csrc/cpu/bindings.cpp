@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "binding.h"
+#include "build_info.h"  // written by setup.py
 #include "cpu/kernels.h"
 
 namespace {
@@ -18,7 +19,7 @@ struct Isa {
 // From plain to fast.
 std::vector<Isa> isas() {
     std::vector<Isa> all = {{"portable", true, &bldm::portable::kernels}};
-#ifdef BLDM_X86
+#if BLDM_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
                       __builtin_cpu_supports("popcnt");
