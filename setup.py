@@ -151,8 +151,10 @@ class BuildNative(build_ext):
         (cxx, no_cpu), (nvcc, no_cuda) = find_part("CPU"), find_part("CUDA")
         cpu_line = f"CPU kernels ({', '.join(cpu_isas())}; {cxx})" if cxx else f"no CPU kernels: {no_cpu}"
         cuda_line = f"CUDA kernels (sm_{', sm_'.join(cuda_archs())}; {nvcc})" if nvcc else f"no CUDA kernels: {no_cuda}"
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.unlink(missing_ok=True)  # nothing of an earlier build goes into the wheel
         if cxx or nvcc:
-            self.write_and_run(Path(self.get_ext_fullpath(ext.name)).resolve(), cxx, nvcc, no_cpu, no_cuda)
+            self.write_and_run(target, cxx, nvcc, no_cpu, no_cuda)
         print(f"bldm-kernels: {cpu_line}; {cuda_line}", flush=True)
 
     def write_and_run(self, target: Path, cxx: str | None, nvcc: str | None, no_cpu: str, no_cuda: str) -> None:
