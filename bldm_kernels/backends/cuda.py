@@ -1,7 +1,235 @@
-"""Backend `cuda`: CUDA kernels of the extension `bldm_kernels._native`."""
+"""Backend `cuda`: CUDA kernels of the extension `bldm_kernels._native`, launched on PyTorch's current stream."""
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
 
 from ..dispatch import Backend
+from .cpu import FLOAT_TYPES, ONES
+from .native import load_part
+
+# Keys of hamming_topk held at a time: 512 MiB.
+MAX_KEYS = 2**26
+
+
+def _launch_on(x: Tensor) -> tuple[int, int]:
+    """(device index, address of PyTorch's current stream there), the last two arguments of every launch."""
+    device = x.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, at a tenth of the time
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _samples(x: Tensor | None) -> int:
+    return 0 if x is None else x.shape[0]
+
+
+def _scale(temperature: float) -> float:
+    return -math.log2(math.e) / temperature
+
+
+def _scratch(size: int, like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def _kernels(native: ModuleType) -> dict[str, Callable[..., None]]:
+    """The canonical kernels (see `_ops.py`) in terms of addresses and sizes."""
+
+    def pack_bits(x: Tensor, out: Tensor) -> None:
+        item = (x.element_size(), x.dtype.is_floating_point)
+        native.pack_bits(x.data_ptr(), *item, *x.shape, out.data_ptr(), *_launch_on(out))
+
+    def unpack_bits(packed: Tensor, out: Tensor) -> None:
+        item = (out.element_size(), ONES.get(out.dtype, 1))
+        native.unpack_bits(packed.data_ptr(), *out.shape, *item, out.data_ptr(), *_launch_on(out))
+
+    def random_bits(num_bits: int, seed: int, sample_offset: int, seed_tensor: Tensor | None, out: Tensor) -> None:
+        draw = (seed, _address(seed_tensor), sample_offset)
+        native.random_bits(out.data_ptr(), out.shape[0], out.shape[1], num_bits, *draw, *_launch_on(out))
+
+    def flip_step(
+        logits: Tensor,
+        x_t: Tensor,
+        coefficients: Tensor,
+        seed: int,
+        step: int,
+        sample_offset: int,
+        seed_tensor: Tensor | None,
+        step_tensor: Tensor | None,
+        temperature: float,
+        x0_prediction: bool,
+        uncond_logits: Tensor | None,
+        guidance_scale: float,
+        keep_mask: Tensor | None,
+        keep_bits: Tensor | None,
+        nonfinite: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        native.flip_step(
+            logits.data_ptr(),
+            FLOAT_TYPES[logits.dtype],
+            x_t.data_ptr(),
+            *logits.shape,
+            coefficients.data_ptr(),
+            coefficients.shape[0],
+            seed,
+            _address(seed_tensor),
+            step,
+            _address(step_tensor),
+            sample_offset,
+            _scale(temperature),
+            x0_prediction,
+            _address(uncond_logits),
+            guidance_scale,
+            _address(keep_mask),
+            _samples(keep_mask),
+            _address(keep_bits),
+            _samples(keep_bits),
+            _address(nonfinite),
+            out.data_ptr(),
+            *_launch_on(out),
+        )
+
+    def add_noise(
+        x_0: Tensor,
+        flip_probability: Tensor,
+        num_bits: int,
+        seed: int,
+        step: int,
+        sample_offset: int,
+        seed_tensor: Tensor | None,
+        step_tensor: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        shape = (x_0.shape[0], x_0.shape[1], num_bits)
+        probability = (flip_probability.data_ptr(), flip_probability.numel())
+        draw = (seed, _address(seed_tensor), step, _address(step_tensor), sample_offset)
+        native.add_noise(x_0.data_ptr(), *shape, *probability, *draw, out.data_ptr(), *_launch_on(out))
+
+    def binarize(
+        logits: Tensor,
+        bernoulli: bool,
+        seed: int,
+        step: int,
+        sample_offset: int,
+        seed_tensor: Tensor | None,
+        step_tensor: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        values = (logits.data_ptr(), FLOAT_TYPES[logits.dtype], *logits.shape)
+        draw = (seed, _address(seed_tensor), step, _address(step_tensor), sample_offset)
+        native.binarize(*values, bernoulli, *draw, out.data_ptr(), *_launch_on(out))
+
+    def flip_probability(
+        logits: Tensor, x_t: Tensor, coefficients: Tensor, temperature: float, x0_prediction: bool, out: Tensor
+    ) -> None:
+        values = (logits.data_ptr(), FLOAT_TYPES[logits.dtype], x_t.data_ptr(), *logits.shape)
+        table = (coefficients.data_ptr(), coefficients.shape[0])
+        native.flip_probability(*values, *table, _scale(temperature), x0_prediction, out.data_ptr(), *_launch_on(out))
+
+    def flip_probability_backward(
+        grad: Tensor,
+        logits: Tensor,
+        x_t: Tensor,
+        coefficients: Tensor,
+        temperature: float,
+        x0_prediction: bool,
+        out: Tensor,
+    ) -> None:
+        grad = grad.float()
+        values = (logits.data_ptr(), FLOAT_TYPES[logits.dtype], x_t.data_ptr(), *logits.shape)
+        options = (coefficients.data_ptr(), coefficients.shape[0], _scale(temperature), temperature, x0_prediction)
+        native.flip_probability_backward(grad.data_ptr(), *values, *options, out.data_ptr(), *_launch_on(out))
+
+    def flip_loss(
+        logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool, out: Tensor
+    ) -> None:
+        values = (logits.data_ptr(), FLOAT_TYPES[logits.dtype], x_0.data_ptr(), x_t.data_ptr(), *logits.shape)
+        scratch = _scratch(native.flip_loss_scratch(*logits.shape), out)
+        options = (focal_gamma, balanced, x0_prediction, scratch.data_ptr())
+        native.flip_loss(*values, *options, out.data_ptr(), *_launch_on(out))
+
+    def flip_loss_backward(
+        grad: Tensor,
+        logits: Tensor,
+        x_0: Tensor,
+        x_t: Tensor,
+        focal_gamma: float,
+        balanced: bool,
+        x0_prediction: bool,
+        out: Tensor,
+    ) -> None:
+        grad = grad.float()
+        values = (logits.data_ptr(), FLOAT_TYPES[logits.dtype], x_0.data_ptr(), x_t.data_ptr(), *logits.shape)
+        scratch = _scratch(logits.shape[0], out)
+        options = (focal_gamma, balanced, x0_prediction, scratch.data_ptr())
+        native.flip_loss_backward(grad.data_ptr(), *values, *options, out.data_ptr(), *_launch_on(out))
+
+    def embed_bits(packed: Tensor, weight: Tensor, bias: Tensor | None, signed: bool, out: Tensor) -> None:
+        values = (packed.data_ptr(), weight.data_ptr(), FLOAT_TYPES[weight.dtype], _address(bias))
+        native.embed_bits(*values, packed.shape[0], *weight.shape, signed, out.data_ptr(), *_launch_on(out))
+
+    def embed_bits_backward(grad: Tensor, packed: Tensor, num_bits: int, signed: bool, out: Tensor) -> None:
+        values = (grad.data_ptr(), FLOAT_TYPES[grad.dtype], packed.data_ptr())
+        sizes = (packed.shape[0], *out.shape)
+        scratch = _scratch(native.embed_bits_backward_scratch(*sizes), out)
+        native.embed_bits_backward(*values, *sizes, signed, scratch.data_ptr(), out.data_ptr(), *_launch_on(out))
+
+    def hamming_distance(a: Tensor, b: Tensor, out: Tensor) -> None:
+        native.hamming_distance(a.data_ptr(), b.data_ptr(), a.shape[0], b.shape[0], a.shape[1], out.data_ptr(), *_launch_on(a))
+
+    def hamming_topk(queries: Tensor, database: Tensor, k: int, distances: Tensor, indices: Tensor) -> None:
+        """One 64-bit key a pair, distance above index, so that the smallest keys come in the promised order."""
+        num_samples, num_bytes = database.shape
+        tile = max(1, MAX_KEYS // num_samples)
+        for first in range(0, len(queries), tile):
+            part = queries[first : first + tile]
+            keys = torch.empty(len(part), num_samples, dtype=torch.int64, device=queries.device)
+            values = (part.data_ptr(), database.data_ptr(), len(part), num_samples, num_bytes)
+            native.hamming_keys(*values, keys.data_ptr(), *_launch_on(keys))
+            nearest = keys.topk(k, largest=False, sorted=True).values
+            distances[first : first + tile] = nearest >> 32
+            indices[first : first + tile] = nearest & 0xFFFFFFFF
+
+    return {name: kernel for name, kernel in locals().items() if name != "native"}
+
+
+def _has_code(archs: list[str], capability: int) -> bool:
+    """Machine code runs on its own major version from its minor one up; the last architecture is there as PTX too, which newer
+    GPUs compile when they load it. An architecture like 90a runs on that GPU only."""
+    numbers = [int(arch.rstrip("af")) for arch in archs]
+    exact = any(n == capability for n in numbers)
+    plain = [n for arch, n in zip(archs, numbers, strict=True) if arch.isdigit()]
+    same_major = any(n // 10 == capability // 10 and n <= capability for n in plain)
+    return exact or same_major or (archs[-1].isdigit() and numbers[-1] <= capability)
+
+
+def _missing(native: ModuleType, archs: list[str]) -> str | None:
+    """Why the kernels cannot run on the GPUs of this machine, or None."""
+    if torch.version.cuda is None:
+        return "this PyTorch is not built for CUDA"
+    if not torch.cuda.is_available():
+        return "no GPU visible"
+    for device in range(torch.cuda.device_count()):
+        try:
+            capability = native.compute_capability(device)
+        except RuntimeError as error:
+            return f"the driver does not run this build: {error}"
+        if not _has_code(archs, capability):
+            built = ", ".join(f"sm_{arch}" for arch in archs)
+            return f"built for {built}, but cuda:{device} is sm_{capability} (rebuild with BLDM_CUDA_ARCHS={capability})"
+    return None
 
 
 def load() -> Backend:
-    return Backend("cuda", ("cuda",), "not built")
+    native, reason, info = load_part("cuda")
+    if native is None:
+        return Backend("cuda", ("cuda",), reason)
+    archs = info["cuda_archs"].split(";")
+    details = f"CUDA for {', '.join(f'sm_{arch}' for arch in archs)}"
+    return Backend("cuda", ("cuda",), _missing(native, archs), _kernels(native), details)

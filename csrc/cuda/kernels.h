@@ -12,6 +12,9 @@ typedef struct CUstream_st* cudaStream_t;  // as in the CUDA headers, which the 
 
 namespace bldm::cuda {
 
+// 10 major + minor of a device; makes no context there.
+int64_t compute_capability(int device);
+
 // The floating types of logits and weights, as Python passes them.
 enum FloatType : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 

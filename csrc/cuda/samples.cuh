@@ -153,4 +153,15 @@ struct Position {
     }
 };
 
+// Bytes 4 chunk to 4 chunk + 3 of a row: 32 bits. Bytes beyond the row are 0. kWords: row_bytes % 4 == 0, 4-byte aligned.
+template <bool kWords>
+__device__ __forceinline__ uint32_t load_chunk(const uint8_t* row, uint32_t chunk, uint32_t row_bytes) {
+    if constexpr (kWords) return __ldg(reinterpret_cast<const uint32_t*>(row) + chunk);
+    uint32_t word = 0;
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+        if (4 * chunk + b < row_bytes) word |= uint32_t(row[4 * chunk + b]) << (8 * b);
+    return word;
+}
+
 }  // namespace bldm::cuda
