@@ -241,8 +241,9 @@ def test_a_forced_backend_without_the_op(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_float64_needs_the_reference(backend: Target, request: pytest.FixtureRequest) -> None:
     if bk.backends()[backend.backend].unavailable:
         pytest.skip("covered by the backend's own failure")
+    inputs = [x.to(backend.device) for x in (logits(torch.float64), bits(), bits())]
     with bk.use_backend(backend.backend), pytest.raises(TypeError, match="no float64"):
-        bk.flip_loss(logits(torch.float64).to(backend.device), bits().to(backend.device), bits().to(backend.device))
+        bk.flip_loss(*inputs)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

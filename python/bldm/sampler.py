@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class FastSampler:
         time_label: "t" (1..T) or "t-1": what the denoiser is told.
         state: "packed" (uint8), "bits" (float 0 and 1) or "signs" (-1 and 1): what the denoiser is given.
         null_cond: the condition that means "none", for guidance (default: `denoiser.null_label` if there is one).
-        device: where to sample (default: that of the denoiser's parameters, else the CPU).
+        device: where to sample (default: that of the denoiser's parameters or buffers, else the CPU).
         autocast: dtype to run the denoiser in, for example torch.bfloat16.
 
     Raises: TypeError, ValueError naming the argument.
@@ -94,8 +95,10 @@ class FastSampler:
     def device(self) -> torch.device:
         if self._device is not None:
             return self._device
-        parameter = next(self.denoiser.parameters(), None) if isinstance(self.denoiser, nn.Module) else None
-        return torch.device("cpu") if parameter is None else parameter.device
+        if not isinstance(self.denoiser, nn.Module):
+            return torch.device("cpu")
+        first = next(chain(self.denoiser.parameters(), self.denoiser.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     @torch.no_grad()
     def sample(
