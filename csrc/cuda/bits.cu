@@ -38,30 +38,63 @@ struct Place {
     }
 };
 
-// The items of one packed byte in whole words. kItems / 8 bytes are handled a turn so that every access has 8 bytes or more.
+// The eight items of one packed byte.
 template <class U>
 struct alignas(sizeof(U) == 1 ? 8 : 16) Group {
     U item[8];
 };
+template <class U>
+struct alignas(sizeof(U) == 1 ? 8 : 16) Words {
+    uint32_t word[2 * sizeof(U)];
+};
+
+// Bits 7, 15, 23 and 31 next to each other: the product moves them to bits 28 to 31, and nothing else gets there.
+__device__ __forceinline__ uint32_t gather(uint32_t bits) { return (bits & 0x80808080u) * 0x00204081u >> 28; }
+
+// Bit j: item j is not zero. Of every word, or of the upper word of 8-byte items, only the bits of `mask` count.
+template <class U>
+__device__ __forceinline__ uint32_t nonzero(const Words<U>& items, uint32_t mask) {
+    uint32_t bits = 0;
+    if constexpr (sizeof(U) == 1) {
+        // Adding 0x7F to a byte without its upper bit sets that bit unless the byte was 0, and never overflows into the next.
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t w = items.word[i];
+            bits |= gather(((w & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | w) << (4 * i);
+        }
+    } else if constexpr (sizeof(U) == 2) {
+        uint32_t upper[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t w = items.word[i];
+            upper[i] = ((w & 0x7FFF7FFFu) + 0x7FFF7FFFu) | (w & mask);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) bits |= gather(__byte_perm(upper[2 * i], upper[2 * i + 1], 0x7531)) << (4 * i);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const uint32_t w = sizeof(U) == 4 ? items.word[j] & mask : items.word[2 * j] | (items.word[2 * j + 1] & mask);
+            bits |= uint32_t(w != 0) << j;
+        }
+    }
+    return bits;
+}
 
 // C % 8 == 0 and inner == 1: byte i is made of items 8 i to 8 i + 7, whatever the shape.
 template <class U>
-__global__ void __launch_bounds__(kThreads) pack_flat(const Group<U>* __restrict__ x, U value_mask, int64_t bytes,
+__global__ void __launch_bounds__(kThreads) pack_flat(const Words<U>* __restrict__ x, uint32_t mask, int64_t bytes,
                                                       uint8_t* __restrict__ out) {
-    constexpr int kTurns = 4;  // loads in flight
+    constexpr int kTurns = sizeof(U) == 8 ? 2 : 4;  // loads in flight
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x; first < bytes; first += kTurns * stride) {
-        Group<U> group[kTurns];
+        Words<U> items[kTurns];
 #pragma unroll
         for (int t = 0; t < kTurns; ++t)
-            if (first + t * stride < bytes) group[t] = x[first + t * stride];
+            if (first + t * stride < bytes) items[t] = x[first + t * stride];
 #pragma unroll
-        for (int t = 0; t < kTurns; ++t) {
-            uint32_t bits = 0;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) bits |= uint32_t((group[t].item[j] & value_mask) != 0) << j;
-            if (first + t * stride < bytes) out[first + t * stride] = uint8_t(bits);
-        }
+        for (int t = 0; t < kTurns; ++t)
+            if (first + t * stride < bytes) out[first + t * stride] = uint8_t(nonzero(items[t], mask));
     }
 }
 
@@ -171,9 +204,10 @@ void pack_bits(const void* x, int64_t item_bytes, bool is_float, int64_t outer, 
     with_item_type(item_bytes, [&](auto item) {
         using U = decltype(item);
         const U mask = is_float ? U(U(~U(0)) >> 1) : U(~U(0));  // -0.0 is zero
-        if (channels % 8 == 0 && inner == 1 && aligned(x, alignof(Group<U>)))
+        const uint32_t word_mask = !is_float ? ~0u : item_bytes == 2 ? 0x7FFF7FFFu : 0x7FFFFFFFu;
+        if (channels % 8 == 0 && inner == 1 && aligned(x, alignof(Words<U>)))
             pack_flat<U><<<grid_for(ceil_div<int64_t>(bytes, 4), kThreads), kThreads, 0, stream>>>(
-                static_cast<const Group<U>*>(x), mask, bytes, out);
+                static_cast<const Words<U>*>(x), word_mask, bytes, out);
         else
             pack_any<U><<<grid_for(bytes, kThreads), kThreads, 0, stream>>>(static_cast<const U*>(x), mask, bytes,
                                                                             uint32_t(channels), uint32_t(inner), out);

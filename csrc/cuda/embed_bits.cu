@@ -40,7 +40,7 @@ __device__ __forceinline__ uint2 weight_fragment(const T* weight, const Argument
 // Block x has its 32 columns, block y and the warp go through the rows, 16 at a time. kShared: the columns' weights are kept
 // in shared memory, in the order of fragments; otherwise (more than 768 channels) they are read again for every 16 rows.
 template <class T, bool kSigned, bool kWords, bool kShared>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 4)
     tensor_core_kernel(const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out, bool vector_store,
                        const __grid_constant__ Arguments a) {
     extern __shared__ uint2 fragments[];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         for (uint32_t chunk = 0; chunk < a.chunks; ++chunk) {
             const uint32_t bits[2] = {load_chunk<kWords>(a.packed + upper * a.row_bytes, chunk, a.row_bytes) << (12 - 4 * t),
                                       load_chunk<kWords>(a.packed + lower * a.row_bytes, chunk, a.row_bytes) << (12 - 4 * t)};
-#pragma unroll
+#pragma unroll(kShared ? 2 : 1)
             for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
                 uint32_t x[4];
 #pragma unroll
