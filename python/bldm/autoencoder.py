@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-import bldm_kernels as bk
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import bldm_kernels as bk
 
 from .checkpoint import PretrainedModel
 

@@ -2,10 +2,11 @@
 
 import math
 
-import bldm_kernels as bk
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import bldm_kernels as bk
 
 from .checkpoint import PretrainedModel
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import bldm_kernels as bk
 import torch
 from torch import Tensor
+
+import bldm_kernels as bk
 
 FORMS = ("plain", "balanced", "focal")
 WEIGHTINGS = ("mean", "weighted")
