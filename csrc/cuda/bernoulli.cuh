@@ -1,4 +1,5 @@
-// One Bernoulli bit with P = N / D, exactly as docs/random-stream.md defines it, and a cheap test that decides nearly all bits.
+// One Bernoulli bit with P = N / D, exactly as docs/random-stream.md defines it, and a cheap test that decides nearly
+// all bits.
 #pragma once
 
 #include "cuda/samples.cuh"
@@ -13,12 +14,13 @@ struct DeviceProduct {
     }
 };
 
-__device__ __forceinline__ void philox_block(const Stream& stream, uint32_t byte, uint64_t sample, uint32_t (&words)[4]) {
+__device__ __forceinline__ void philox_block(const Stream& stream, uint32_t byte, uint64_t sample,
+                                             uint32_t (&words)[4]) {
     random_block(stream, byte, sample, words, DeviceProduct{});
 }
 
-// The stream of a draw, in registers that the compiler knows to be the same for a whole warp: the ten round keys then live in
-// uniform registers and cost nothing in the loops. Every thread of the warp must call it.
+// The stream of a draw, in registers that the compiler knows to be the same for a whole warp, so that round keys do not
+// take vector registers from every thread. Every thread of the warp must call it.
 __device__ __forceinline__ Stream uniform_stream(const Scalar& seed, uint32_t purpose, const Scalar& step) {
     Stream stream(uint64_t(seed.get()), purpose, uint32_t(step.get()));
     stream.key0 = __reduce_or_sync(~0u, stream.key0);
@@ -55,7 +57,8 @@ struct Ratio {
         n0 = row[0], n01 = __fadd_rn(row[0], row[1]);
         d0 = row[2], d01 = __fadd_rn(row[2], row[3]);
     }
-    __device__ __forceinline__ Ratio(float n0_, float n01_, float d0_, float d01_) : n0(n0_), n01(n01_), d0(d0_), d01(d01_) {}
+    __device__ __forceinline__ Ratio(float n0_, float n01_, float d0_, float d01_)
+        : n0(n0_), n01(n01_), d0(d0_), d01(d01_) {}
 
     __device__ __forceinline__ float numerator(float e) const { return __fmaf_rn(n0, e, n01); }
     __device__ __forceinline__ float denominator(float e) const { return __fmaf_rn(d0, e, d01); }
@@ -63,19 +66,19 @@ struct Ratio {
 
 // Decides bits by a quick estimate of u D - N, and says when the estimate is too close to zero to be sure.
 //
-// In units of d = D 2^-16, one lane: by definition a bit is set for sure if N >= (h + 1 + 2^-20) d and clear for sure if
-// N <= h d. The estimate is s = (h + 1/2) d - N = h d - N' with N' = N - d / 2, both one fma in e; outside
-// |s| <= (1/2 + error) d its sign decides. Errors, in units of d:
-//   d rounded, times h; N' rounded, and its coefficients; N and D of the definition rounded; 2^-20     < 0.04 + 0.02 |P|
-//   e: ex2.approx (2^-22) against the definition's exponential (1.1e-7), taken as 2^-19; |dP / d log e| <= det / (4 d0 d01)
-//                                                                                                        2^-5 det / (d0 d01)
-//   e below 2^-64, where the definition's stops                                                          2^-48 det / d01^2
-// with det = |n1 d0 - n0 d1|. Where |P| > 2 the terms in |P| are far below |s| itself. So the margin 1/2 + error is 0.625 + the
-// terms in det. Coefficients of another kind give an infinite margin: never sure.
+// In units of d = D 2^-16, one lane: by definition a bit is set for sure if N >= (h + 1 + 2^-20) d and clear for sure
+// if N <= h d. The estimate is s = (h + 1/2) d - N = h d - N' with N' = N - d / 2, both one fma in e; outside |s| <=
+// (1/2 + error) d its sign decides. Errors, in units of d:
+//   0.04 + 0.02 |P|     d rounded, times h; N' rounded, and its coefficients; N and D of the definition rounded; 2^-20
+//   2^-5 det / (d0 d01) e: ex2.approx (2^-22) against the definition's exponential (1.1e-7), together taken as 2^-19;
+//                       |dP / d log e| <= det / (4 d0 d01)
+//   2^-48 det / d01^2   e below 2^-64, where the definition's stops
+// with det = |n1 d0 - n0 d1|. Where |P| > 2 the terms in |P| are far below |s| itself. So the margin 1/2 + error is
+// 0.625 + the terms in det. Coefficients of another kind give an infinite margin: never sure.
 //
-// The lane enters as the bits of a float: a subnormal, h 2^-149, which saves its conversion. So d carries a factor 2^149, and
-// all of s a factor 2^-72 that keeps d finite for e up to 2^64 and d0 up to 4. An overflow gives a NaN or infinity: not sure.
-// (These kernels must not be built with -ftz=true.)
+// The lane enters as the bits of a float: a subnormal, h 2^-149, which saves its conversion. So d carries a factor
+// 2^149, and all of s a factor 2^-72 that keeps d finite for e up to 2^64 and d0 up to 4. An overflow gives a NaN or
+// infinity: not sure. (These kernels must not be built with -ftz=true.)
 struct Filter {
     float d0, d01, n0, n01, limit0, limit01;
 
@@ -101,7 +104,7 @@ struct Filter {
             const float e = exp2_approximate(fminf(y[j], 64.0f));
             const float d = fmaf(d0, e, d01);
             const float s = fmaf(__uint_as_float(lane(words, j)), d, -fmaf(n0, e, n01));
-            sure = sure && fabsf(s) > fmaf(limit0, e, limit01);  // false for a NaN too
+            sure = sure && fabsf(s) > fmaf(limit0, e, limit01);   // false for a NaN too
             bits = __funnelshift_l(__float_as_uint(s), bits, 1);  // the sign is the bit
         }
         return sure;
@@ -109,8 +112,8 @@ struct Filter {
 };
 
 // The same bits by the definition.
-__device__ __forceinline__ uint32_t exact_bits(const Ratio& ratio, const float (&y)[8], const Stream& stream, uint32_t byte,
-                                               uint64_t sample) {
+__device__ __forceinline__ uint32_t exact_bits(const Ratio& ratio, const float (&y)[8], const Stream& stream,
+                                               uint32_t byte, uint64_t sample) {
     uint32_t words[4], tie_words[4], bits = 0;
     philox_block(stream, byte, sample, words);
     philox_block(stream.ties(), byte, sample, tie_words);

@@ -30,8 +30,9 @@ __device__ __forceinline__ int load(const T* logits, uint32_t byte, const Argume
     return count;
 }
 
-// Threads take bytes in the order of memory. Where the channels are not last (inner > 1) they take the positions of a row one
-// after the other instead, so that neighbours read neighbours: turn i of the sample becomes byte (i % positions, i / positions).
+// Threads take bytes in the order of memory. Where the channels are not last (inner > 1) they take the positions of a
+// row one after the other instead, so that neighbours read neighbours: turn i of the sample becomes byte (i %
+// positions, i / positions).
 __device__ __forceinline__ uint32_t byte_of_turn(uint32_t turn, const Arguments& a) {
     if (a.inner == 1) return turn;
     const uint32_t row_bytes = (a.channels + 7) / 8, positions = a.grid.bytes / row_bytes;

@@ -8,11 +8,16 @@ namespace {
 template <class F>
 void with_item_type(int64_t item_bytes, F&& f) {
     switch (item_bytes) {
-        case 1: return f(uint8_t{});
-        case 2: return f(uint16_t{});
-        case 4: return f(uint32_t{});
-        case 8: return f(uint64_t{});
-        default: throw std::invalid_argument("items must have 1, 2, 4 or 8 bytes");
+        case 1:
+            return f(uint8_t{});
+        case 2:
+            return f(uint16_t{});
+        case 4:
+            return f(uint32_t{});
+        case 8:
+            return f(uint64_t{});
+        default:
+            throw std::invalid_argument("items must have 1, 2, 4 or 8 bytes");
     }
 }
 
@@ -21,8 +26,8 @@ __device__ __forceinline__ int64_t divide(int64_t a, uint32_t b) {
     return uint64_t(a) < uint64_t(1) << 32 ? uint32_t(a) / b : a / b;
 }
 
-// Where packed byte `index` of (outer, inner, P) is found in (outer, C, inner): threads run along the inner dimension, so that
-// neighbours read neighbours.
+// Where packed byte `index` of (outer, inner, P) is found in (outer, C, inner): threads run along the inner dimension,
+// so that neighbours read neighbours.
 struct Place {
     int64_t packed, item;  // of the byte, and of its first channel
     int count;             // channels in the byte
@@ -56,7 +61,8 @@ template <class U>
 __device__ __forceinline__ uint32_t nonzero(const Words<U>& items, uint32_t mask) {
     uint32_t bits = 0;
     if constexpr (sizeof(U) == 1) {
-        // Adding 0x7F to a byte without its upper bit sets that bit unless the byte was 0, and never overflows into the next.
+        // Adding 0x7F to a byte without its upper bit sets that bit unless the byte was 0, and never overflows into the
+        // next.
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint32_t w = items.word[i];
@@ -74,7 +80,8 @@ __device__ __forceinline__ uint32_t nonzero(const Words<U>& items, uint32_t mask
     } else {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const uint32_t w = sizeof(U) == 4 ? items.word[j] & mask : items.word[2 * j] | (items.word[2 * j + 1] & mask);
+            const uint32_t w =
+                sizeof(U) == 4 ? items.word[j] & mask : items.word[2 * j] | (items.word[2 * j + 1] & mask);
             bits |= uint32_t(w != 0) << j;
         }
     }
@@ -83,8 +90,8 @@ __device__ __forceinline__ uint32_t nonzero(const Words<U>& items, uint32_t mask
 
 // C % 8 == 0 and inner == 1: byte i is made of items 8 i to 8 i + 7, whatever the shape.
 template <class U>
-__global__ void __launch_bounds__(kThreads) pack_flat(const Words<U>* __restrict__ x, uint32_t mask, int64_t bytes,
-                                                      uint8_t* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    pack_flat(const Words<U>* __restrict__ x, uint32_t mask, int64_t bytes, uint8_t* __restrict__ out) {
     constexpr int kTurns = sizeof(U) == 8 ? 2 : 4;  // loads in flight
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x; first < bytes; first += kTurns * stride) {
@@ -99,8 +106,8 @@ __global__ void __launch_bounds__(kThreads) pack_flat(const Words<U>* __restrict
 }
 
 template <class U>
-__global__ void __launch_bounds__(kThreads) pack_any(const U* __restrict__ x, U value_mask, int64_t bytes, uint32_t channels,
-                                                     uint32_t inner, uint8_t* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads) pack_any(const U* __restrict__ x, U value_mask, int64_t bytes,
+                                                     uint32_t channels, uint32_t inner, uint8_t* __restrict__ out) {
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < bytes; i += stride) {
         const Place place(i, channels, inner);
@@ -113,8 +120,8 @@ __global__ void __launch_bounds__(kThreads) pack_any(const U* __restrict__ x, U 
 }
 
 template <class U>
-__global__ void __launch_bounds__(kThreads) unpack_flat(const uint8_t* __restrict__ packed, U one, int64_t bytes,
-                                                        Group<U>* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    unpack_flat(const uint8_t* __restrict__ packed, U one, int64_t bytes, Group<U>* __restrict__ out) {
     const int64_t stride = int64_t(gridDim.x) * kThreads;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < bytes; i += stride) {
         const uint32_t bits = packed[i];
@@ -188,8 +195,7 @@ __global__ void __launch_bounds__(kThreads)
             uint32_t tie_words[4];
             philox_block(stream.ties(), byte, sample, tie_words);
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
-                bits |= uint32_t(lane(words, j) == upper && lane(tie_words, j) < lower) << j;
+            for (int j = 0; j < 8; ++j) bits |= uint32_t(lane(words, j) == upper && lane(tie_words, j) < lower) << j;
         }
         out[byte] = uint8_t(x ^ (bits & padding_mask(byte, channels)));
     }
@@ -215,8 +221,8 @@ void pack_bits(const void* x, int64_t item_bytes, bool is_float, int64_t outer, 
     check(cudaGetLastError(), "pack_bits");
 }
 
-void unpack_bits(const uint8_t* packed, int64_t outer, int64_t channels, int64_t inner, int64_t item_bytes, uint64_t one,
-                 void* out, int device, cudaStream_t stream) {
+void unpack_bits(const uint8_t* packed, int64_t outer, int64_t channels, int64_t inner, int64_t item_bytes,
+                 uint64_t one, void* out, int device, cudaStream_t stream) {
     const DeviceGuard guard(device);
     const int64_t bytes = outer * inner * ceil_div<int64_t>(channels, 8);
     with_item_type(item_bytes, [&](auto item) {
@@ -225,8 +231,8 @@ void unpack_bits(const uint8_t* packed, int64_t outer, int64_t channels, int64_t
             unpack_flat<U><<<grid_for(bytes, kThreads), kThreads, 0, stream>>>(packed, U(one), bytes,
                                                                                static_cast<Group<U>*>(out));
         else
-            unpack_any<U><<<grid_for(bytes, kThreads), kThreads, 0, stream>>>(
-                packed, U(one), bytes, uint32_t(channels), uint32_t(inner), static_cast<U*>(out));
+            unpack_any<U><<<grid_for(bytes, kThreads), kThreads, 0, stream>>>(packed, U(one), bytes, uint32_t(channels),
+                                                                              uint32_t(inner), static_cast<U*>(out));
     });
     check(cudaGetLastError(), "unpack_bits");
 }
@@ -241,13 +247,13 @@ void random_bits(uint8_t* out, int64_t batch, int64_t rows, int64_t channels, in
 }
 
 void add_noise(const uint8_t* x_0, int64_t batch, int64_t rows, int64_t channels, const float* flip_probability,
-               int64_t probabilities, int64_t seed, const int64_t* seed_pointer, int64_t step, const int64_t* step_pointer,
-               int64_t sample_offset, uint8_t* out, int device, cudaStream_t stream) {
+               int64_t probabilities, int64_t seed, const int64_t* seed_pointer, int64_t step,
+               const int64_t* step_pointer, int64_t sample_offset, uint8_t* out, int device, cudaStream_t stream) {
     const DeviceGuard guard(device);
     const SampleGrid grid(batch, rows * ceil_div<int64_t>(channels, 8));
-    add_noise_kernel<<<grid.blocks(), grid.threads(), 0, stream>>>(
-        grid, x_0, uint32_t(channels), flip_probability, probabilities > 1, {seed, seed_pointer}, {step, step_pointer},
-        uint64_t(sample_offset), out);
+    add_noise_kernel<<<grid.blocks(), grid.threads(), 0, stream>>>(grid, x_0, uint32_t(channels), flip_probability,
+                                                                   probabilities > 1, {seed, seed_pointer},
+                                                                   {step, step_pointer}, uint64_t(sample_offset), out);
     check(cudaGetLastError(), "add_noise");
 }
 

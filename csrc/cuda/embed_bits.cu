@@ -14,12 +14,12 @@ struct Arguments {
     uint32_t channels, columns, row_bytes, chunks;
 };
 
-// B fragment of 16 channels: result column (g / 2) 8 + 2 tile + g % 2 of the tile is column g of fragment `tile`, so that a
-// thread's results are 8 neighbouring columns. The pairs of k are channels j and j + 16 of a chunk, j = 4 t + 2 half_chunk + half:
-// one shift brings both bits of a pair to where `expand` wants them.
+// B fragment of 16 channels: result column (g / 2) 8 + 2 tile + g % 2 of the tile is column g of fragment `tile`, so
+// that a thread's results are 8 neighbouring columns. The pairs of k are channels j and j + 16 of a chunk, j = 4 t + 2
+// half_chunk + half: one shift brings both bits of a pair to where `expand` wants them.
 template <class T>
-__device__ __forceinline__ uint2 weight_fragment(const T* weight, const Arguments& a, uint32_t first_column, uint32_t chunk,
-                                                 int half_chunk, int tile, int lane) {
+__device__ __forceinline__ uint2 weight_fragment(const T* weight, const Arguments& a, uint32_t first_column,
+                                                 uint32_t chunk, int half_chunk, int tile, int lane) {
     const int g = lane / 4, t = lane % 4;
     const uint32_t column = first_column + (g / 2) * 8 + 2 * tile + g % 2;
     uint32_t pair[2];
@@ -30,15 +30,17 @@ __device__ __forceinline__ uint2 weight_fragment(const T* weight, const Argument
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const bool inside = channel + 16 * k < a.channels && column < a.columns;
-            item[k] = inside ? reinterpret_cast<const uint16_t*>(weight)[int64_t(channel + 16 * k) * a.columns + column] : 0;
+            item[k] =
+                inside ? reinterpret_cast<const uint16_t*>(weight)[int64_t(channel + 16 * k) * a.columns + column] : 0;
         }
         pair[half] = item[0] | item[1] << 16;
     }
     return make_uint2(pair[0], pair[1]);
 }
 
-// Block x has its 32 columns, block y and the warp go through the rows, 16 at a time. kShared: the columns' weights are kept
-// in shared memory, in the order of fragments; otherwise (more than 768 channels) they are read again for every 16 rows.
+// Block x has its 32 columns, block y and the warp go through the rows, 16 at a time. kShared: the columns' weights are
+// kept in shared memory, in the order of fragments; otherwise (more than 768 channels) they are read again for every 16
+// rows.
 template <class T, bool kSigned, bool kWords, bool kShared>
 __global__ void __launch_bounds__(32 * kWarps, 4)
     tensor_core_kernel(const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out, bool vector_store,
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
 #pragma unroll
     for (int j = 0; j < 8; ++j) start[j] = bias && column + j < a.columns ? to_float(bias[column + j]) : 0.0f;
 
-    for (int64_t row = (int64_t(blockIdx.y) * kWarps + warp) * 16; row < a.rows; row += int64_t(gridDim.y) * kWarps * 16) {
+    for (int64_t row = (int64_t(blockIdx.y) * kWarps + warp) * 16; row < a.rows;
+         row += int64_t(gridDim.y) * kWarps * 16) {
         float sum[4][4];
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile)
@@ -64,8 +67,9 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
             for (int j = 0; j < 4; ++j) sum[tile][j] = start[2 * tile + j % 2];
         const int64_t upper = min(row + g, a.rows - 1), lower = min(row + g + 8, a.rows - 1);
         for (uint32_t chunk = 0; chunk < a.chunks; ++chunk) {
-            const uint32_t bits[2] = {load_chunk<kWords>(a.packed + upper * a.row_bytes, chunk, a.row_bytes) << (12 - 4 * t),
-                                      load_chunk<kWords>(a.packed + lower * a.row_bytes, chunk, a.row_bytes) << (12 - 4 * t)};
+            const uint32_t bits[2] = {
+                load_chunk<kWords>(a.packed + upper * a.row_bytes, chunk, a.row_bytes) << (12 - 4 * t),
+                load_chunk<kWords>(a.packed + lower * a.row_bytes, chunk, a.row_bytes) << (12 - 4 * t)};
 #pragma unroll(kShared ? 2 : 1)
             for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
                 uint32_t x[4];
@@ -96,9 +100,8 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
 
 // float32: one thread a column, 8 rows at a time, so that a weight is read once for 8 sums.
 template <bool kSigned, bool kWords>
-__global__ void __launch_bounds__(128)
-    float_kernel(const float* __restrict__ weight, const float* __restrict__ bias, float* __restrict__ out,
-                 const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(128) float_kernel(const float* __restrict__ weight, const float* __restrict__ bias,
+                                                    float* __restrict__ out, const __grid_constant__ Arguments a) {
     constexpr int kRows = 8;
     const uint32_t column = blockIdx.x * 128 + threadIdx.x;
     if (column >= a.columns) return;
@@ -127,10 +130,11 @@ __global__ void __launch_bounds__(128)
 
 }  // namespace
 
-void embed_bits(const uint8_t* packed, const void* weight, int64_t type, const void* bias, int64_t rows, int64_t channels,
-                int64_t columns, bool is_signed, void* out, int device, cudaStream_t stream) {
+void embed_bits(const uint8_t* packed, const void* weight, int64_t type, const void* bias, int64_t rows,
+                int64_t channels, int64_t columns, bool is_signed, void* out, int device, cudaStream_t stream) {
     const DeviceGuard guard(device);
-    const uint32_t row_bytes = uint32_t(ceil_div<int64_t>(channels, 8)), chunks = uint32_t(ceil_div<int64_t>(channels, 32));
+    const uint32_t row_bytes = uint32_t(ceil_div<int64_t>(channels, 8)),
+                   chunks = uint32_t(ceil_div<int64_t>(channels, 32));
     const Arguments a{packed, rows, uint32_t(channels), uint32_t(columns), row_bytes, chunks};
     with_float_type(type, [&](auto item) {
         using T = decltype(item);
@@ -145,8 +149,9 @@ void embed_bits(const uint8_t* packed, const void* weight, int64_t type, const v
                 } else {
                     // Few enough blocks that the weights, read once a block, serve many rows.
                     const int64_t tiles = ceil_div<int64_t>(columns, kColumns);
-                    const dim3 grid(unsigned(tiles), unsigned(std::clamp<int64_t>(ceil_div<int64_t>(rows, 16 * kWarps), 1,
-                                                                                  ceil_div<int64_t>(kManyBlocks, tiles))));
+                    const dim3 grid(unsigned(tiles),
+                                    unsigned(std::clamp<int64_t>(ceil_div<int64_t>(rows, 16 * kWarps), 1,
+                                                                 ceil_div<int64_t>(kManyBlocks, tiles))));
                     const bool vector = columns % 8 == 0 && aligned(out, 16);
                     with_flag(chunks <= kMaxSharedChunks, [&](auto shared) {
                         tensor_core_kernel<T, with_sign.value, words.value, shared.value>

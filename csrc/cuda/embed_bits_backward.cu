@@ -1,4 +1,5 @@
-// embed_bits_backward: X^T grad, X the bits of all rows. The rows are split over blocks; their partial sums meet in a fixed order.
+// embed_bits_backward: X^T grad, X the bits of all rows. The rows are split over blocks; their partial sums meet in a
+// fixed order.
 #include "cuda/mma.cuh"
 
 namespace bldm::cuda {
@@ -19,8 +20,8 @@ int64_t splits_for(int64_t rows, int64_t channels, int64_t columns) {
     return std::clamp<int64_t>(ceil_div<int64_t>(kManyBlocks / 4, tiles), 1, ceil_div<int64_t>(rows, 16 * kWarps));
 }
 
-// A is X^T: its k are rows, of which this thread has 4 t to 4 t + 3 of every 16. B is grad: column g of fragment i is column
-// 8 g + i of the tile, so that a thread reads 8 neighbouring columns.
+// A is X^T: its k are rows, of which this thread has 4 t to 4 t + 3 of every 16. B is grad: column g of fragment i is
+// column 8 g + i of the tile, so that a thread reads 8 neighbouring columns.
 template <class T, bool kSigned, bool kWords, bool kVector>
 __global__ void __launch_bounds__(32 * kWarps)
     tensor_core_kernel(const T* __restrict__ grad, const __grid_constant__ Arguments a) {
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const uint16_t* items = reinterpret_cast<const uint16_t*>(from) + 2 * j;
-                    values[k][j] = (inside && 2 * j < count ? items[0] : 0u) | (inside && 2 * j + 1 < count ? items[1] : 0u) << 16;
+                    values[k][j] =
+                        (inside && 2 * j < count ? items[0] : 0u) | (inside && 2 * j + 1 < count ? items[1] : 0u) << 16;
                 }
             }
         }
@@ -89,7 +91,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 // float32: one thread a column.
 template <bool kSigned, bool kWords>
-__global__ void __launch_bounds__(kColumns) float_kernel(const float* __restrict__ grad, const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kColumns)
+    float_kernel(const float* __restrict__ grad, const __grid_constant__ Arguments a) {
     const uint32_t chunk = blockIdx.x, column = blockIdx.y * kColumns + threadIdx.x;
     if (column >= a.columns) return;
     float sum[32] = {};
@@ -127,7 +130,8 @@ void embed_bits_backward(const void* grad, int64_t type, const uint8_t* packed, 
     const uint32_t row_bytes = uint32_t(ceil_div<int64_t>(channels, 8));
     const Arguments a{packed, rows, uint32_t(channels), uint32_t(columns), row_bytes, scratch};
     const int64_t splits = splits_for(rows, channels, columns), size = channels * columns;
-    const dim3 grid(unsigned(ceil_div<int64_t>(channels, 32)), unsigned(ceil_div<int64_t>(columns, kColumns)), unsigned(splits));
+    const dim3 grid(unsigned(ceil_div<int64_t>(channels, 32)), unsigned(ceil_div<int64_t>(columns, kColumns)),
+                    unsigned(splits));
     with_float_type(type, [&](auto item) {
         using T = decltype(item);
         const T* from = static_cast<const T*>(grad);

@@ -1,8 +1,9 @@
-// flip_loss: the mean over a sample's bits of weight q^gamma softplus(-m), m the margin and q = sigmoid(-m), and its gradient.
+// flip_loss: the mean over a sample's bits of weight q^gamma softplus(-m), m the margin and q = sigmoid(-m), and its
+// gradient.
 //
-// The class weights are 1 - r where the target is set and r where it is not, r the set fraction of the sample. So one pass over
-// the logits sums both classes and counts; the weights come in when the sums of a sample meet. All sums are taken in a fixed
-// order: the loss is the same in every run.
+// The class weights are 1 - r where the target is set and r where it is not, r the set fraction of the sample. So one
+// pass over the logits sums both classes and counts; the weights come in when the sums of a sample meet. All sums are
+// taken in a fixed order: the loss is the same in every run.
 #include "cuda/samples.cuh"
 
 namespace bldm::cuda {
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The set fraction of every sample: one block each.
-__global__ void __launch_bounds__(kThreads) set_fractions(float* __restrict__ out, const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads)
+    set_fractions(float* __restrict__ out, const __grid_constant__ Arguments a) {
     const int64_t first = int64_t(blockIdx.x) * a.grid.bytes;
     float count = 0;
     for (uint32_t i = threadIdx.x; i < a.grid.bytes; i += kThreads) count += float(__popc(a.targets(first + i)));
@@ -155,7 +157,8 @@ __global__ void __launch_bounds__(kThreads)
             const bool is_set = set >> j & 1;
             const float m = is_set ? l[j] : -l[j];
             const Bit bit(m, a.gamma);
-            const float larger = __fdividef(1.0f, 1.0f + bit.t), smaller = bit.t * larger;  // sigmoid(|m|), sigmoid(-|m|)
+            const float larger = __fdividef(1.0f, 1.0f + bit.t),
+                        smaller = bit.t * larger;  // sigmoid(|m|), sigmoid(-|m|)
             const float q = m < 0 ? larger : smaller, p = m < 0 ? smaller : larger;
             l[j] = (is_set ? set_scale : clear_scale) * bit.focal * fmaf(gamma * p, bit.softplus, q);
         }
@@ -163,8 +166,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-Arguments arguments(const uint8_t* x_0, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels, float focal_gamma,
-                    bool balanced, bool x0_prediction) {
+Arguments arguments(const uint8_t* x_0, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels,
+                    float focal_gamma, bool balanced, bool x0_prediction) {
     const int64_t bytes = rows * ceil_div<int64_t>(channels, 8);
     return {SampleGrid(batch, bytes), x_0,      x_t,          rows * channels, uint32_t(channels),
             focal_gamma * kLog2E,     balanced, x0_prediction};

@@ -45,9 +45,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // dP/dl = (n1 d0 - n0 d1) / (d0 + d1 f)^2 f (1 - f) / temperature = det e / D^2 / temperature, D = d0 (1 + e) + d1.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads)
-    backward(const float* __restrict__ grad, const T* __restrict__ logits, T* __restrict__ out,
-             const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads) backward(const float* __restrict__ grad, const T* __restrict__ logits,
+                                                     T* __restrict__ out, const __grid_constant__ Arguments a) {
     const Share share(a.grid);
     if (threadIdx.x >= share.count) return;
     const float* row = a.coefficients + share.sample * a.coefficient_stride;
@@ -87,11 +86,12 @@ Arguments arguments(const uint8_t* x_t, int64_t batch, int64_t rows, int64_t cha
 
 }  // namespace
 
-void flip_probability(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels,
-                      const float* coefficients, int64_t coefficient_rows, float scale, bool x0_prediction, float* out,
-                      int device, cudaStream_t stream) {
+void flip_probability(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows,
+                      int64_t channels, const float* coefficients, int64_t coefficient_rows, float scale,
+                      bool x0_prediction, float* out, int device, cudaStream_t stream) {
     const DeviceGuard guard(device);
-    const Arguments a = arguments(x_t, batch, rows, channels, coefficients, coefficient_rows, scale, 1.0f, x0_prediction);
+    const Arguments a =
+        arguments(x_t, batch, rows, channels, coefficients, coefficient_rows, scale, 1.0f, x0_prediction);
     with_float_type(type, [&](auto item) {
         using T = decltype(item);
         with_flag(channels % 8 == 0 && aligned(logits, 16) && aligned(out, 16), [&](auto vector) {

@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, 4)
             out[byte] = uint8_t(x_s);
         };
 
-        uint32_t open = 0;  // bit i: the filter was not sure of byte i of this thread, or it is to be searched for non-finite logits
+        uint32_t open = 0;  // bit i: the filter was not sure of byte i of this thread, or it is to be searched for
+                            // non-finite logits
         uint32_t turn = 1;
         const Filter filter{Ratio(coefficients)};
 #pragma unroll 1
@@ -117,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 }  // namespace
 
 void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels,
-               const float* coefficients, int64_t coefficient_rows, int64_t seed, const int64_t* seed_pointer, int64_t step,
-               const int64_t* step_pointer, int64_t sample_offset, float scale, bool x0_prediction,
+               const float* coefficients, int64_t coefficient_rows, int64_t seed, const int64_t* seed_pointer,
+               int64_t step, const int64_t* step_pointer, int64_t sample_offset, float scale, bool x0_prediction,
                const void* uncond_logits, float guidance_scale, const uint8_t* keep_mask, int64_t keep_mask_samples,
                const uint8_t* keep_bits, int64_t keep_bits_samples, int32_t* nonfinite, uint8_t* out, int device,
                cudaStream_t stream) {
@@ -148,8 +149,9 @@ void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t bat
         with_flag(vector, [&](auto is_vector) {
             with_flag(uncond_logits != nullptr, [&](auto guided) {
                 with_flag(x0_prediction, [&](auto x0) {
-                    kernel<T, is_vector.value, guided.value, x0.value><<<a.grid.blocks(), a.grid.threads(), 0, stream>>>(
-                        static_cast<const T*>(logits), static_cast<const T*>(uncond_logits), a);
+                    kernel<T, is_vector.value, guided.value, x0.value>
+                        <<<a.grid.blocks(), a.grid.threads(), 0, stream>>>(static_cast<const T*>(logits),
+                                                                           static_cast<const T*>(uncond_logits), a);
                 });
             });
         });

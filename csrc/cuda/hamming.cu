@@ -4,15 +4,17 @@
 namespace bldm::cuda {
 namespace {
 
-// Differing bits of two rows: the lanes of a warp take 16 bytes in turn (kVector: whole and aligned), every lane gets the sum.
+// Differing bits of two rows: the lanes of a warp take 16 bytes in turn (kVector: whole and aligned), every lane gets
+// the sum.
 template <bool kVector>
-__device__ __forceinline__ int row_distance(const uint8_t* __restrict__ a, const uint8_t* __restrict__ b, uint32_t bytes,
-                                            int lane) {
+__device__ __forceinline__ int row_distance(const uint8_t* __restrict__ a, const uint8_t* __restrict__ b,
+                                            uint32_t bytes, int lane) {
     int distance = 0;
     if constexpr (kVector) {
 #pragma unroll 4
         for (uint32_t i = lane; i < bytes / 16; i += 32) {
-            const uint4 x = __ldg(reinterpret_cast<const uint4*>(a) + i), y = __ldg(reinterpret_cast<const uint4*>(b) + i);
+            const uint4 x = __ldg(reinterpret_cast<const uint4*>(a) + i),
+                        y = __ldg(reinterpret_cast<const uint4*>(b) + i);
             distance += __popc(x.x ^ y.x) + __popc(x.y ^ y.y) + __popc(x.z ^ y.z) + __popc(x.w ^ y.w);
         }
     } else {
@@ -23,9 +25,9 @@ __device__ __forceinline__ int row_distance(const uint8_t* __restrict__ a, const
 }
 
 template <bool kVector>
-__global__ void __launch_bounds__(kThreads) distance_kernel(const uint8_t* __restrict__ a, const uint8_t* __restrict__ b,
-                                                            int64_t b_stride, int64_t batch, uint32_t bytes,
-                                                            int32_t* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    distance_kernel(const uint8_t* __restrict__ a, const uint8_t* __restrict__ b, int64_t b_stride, int64_t batch,
+                    uint32_t bytes, int32_t* __restrict__ out) {
     const int lane = threadIdx.x % 32;
     const int64_t row = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
     if (row >= batch) return;
@@ -42,13 +44,14 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
     if (row >= num_samples) return;
     for (int q = 0; q < num_queries; ++q) {
-        const int64_t distance = row_distance<kVector>(database + row * bytes, queries + int64_t(q) * bytes, bytes, lane);
+        const int64_t distance =
+            row_distance<kVector>(database + row * bytes, queries + int64_t(q) * bytes, bytes, lane);
         if (lane == 0) keys[q * num_samples + row] = distance << 32 | row;
     }
 }
 
-// Many queries: a block compares 32 queries with 64 samples, 32 words of each at a time from shared memory; a thread has
-// 4 x 4 of the pairs. Rows are padded so that eight rows of 16 bytes lie in different banks.
+// Many queries: a block compares 32 queries with 64 samples, 32 words of each at a time from shared memory; a thread
+// has 4 x 4 of the pairs. Rows are padded so that eight rows of 16 bytes lie in different banks.
 constexpr int kTileQueries = 32, kTileRows = 64, kTileWords = 32, kPitch = kTileWords + 4, kTileThreads = 128;
 
 template <bool kWords>
@@ -93,7 +96,8 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int64_t query = first_query + y + 8 * i, row = first_row + x + 16 * j;
-            if (query < num_queries && row < num_samples) keys[query * num_samples + row] = int64_t(distance[i][j]) << 32 | row;
+            if (query < num_queries && row < num_samples)
+                keys[query * num_samples + row] = int64_t(distance[i][j]) << 32 | row;
         }
 }
 
@@ -104,13 +108,13 @@ void hamming_distance(const uint8_t* a, const uint8_t* b, int64_t batch, int64_t
     const DeviceGuard guard(device);
     const auto kernel =
         bytes % 16 == 0 && aligned(a, 16) && aligned(b, 16) ? distance_kernel<true> : distance_kernel<false>;
-    kernel<<<unsigned(ceil_div<int64_t>(batch, kThreads / 32)), kThreads, 0, stream>>>(a, b, b_samples > 1 ? bytes : 0, batch,
-                                                                                       uint32_t(bytes), out);
+    kernel<<<unsigned(ceil_div<int64_t>(batch, kThreads / 32)), kThreads, 0, stream>>>(a, b, b_samples > 1 ? bytes : 0,
+                                                                                       batch, uint32_t(bytes), out);
     check(cudaGetLastError(), "hamming_distance");
 }
 
-void hamming_keys(const uint8_t* queries, const uint8_t* database, int64_t num_queries, int64_t num_samples, int64_t bytes,
-                  int64_t* keys, int device, cudaStream_t stream) {
+void hamming_keys(const uint8_t* queries, const uint8_t* database, int64_t num_queries, int64_t num_samples,
+                  int64_t bytes, int64_t* keys, int device, cudaStream_t stream) {
     const DeviceGuard guard(device);
     if (num_samples >= int64_t(1) << 32) throw std::invalid_argument("hamming_topk: expected less than 2^32 samples");
     if (num_queries < 8) {

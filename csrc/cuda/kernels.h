@@ -1,9 +1,9 @@
-// Every CUDA kernel, as its host launcher. The launchers allocate nothing, never synchronise and throw std::runtime_error when
-// a launch fails, so all of them can be captured in a graph.
+// Every CUDA kernel, as its host launcher. The launchers allocate nothing, never synchronise and throw
+// std::runtime_error when a launch fails, so all of them can be captured in a graph.
 //
 // B samples, R rows a sample, C bits (channels) a row, P = ceil(C / 8) packed bytes a row; tensors are contiguous:
-// logits (B, R, C), packed (B, R, P), coefficients (1 or B, 4). A null pointer is an absent argument. Where there is a pair
-// (seed, seed_pointer), the device value counts if there is one.
+// logits (B, R, C), packed (B, R, P), coefficients (1 or B, 4). A null pointer is an absent argument. Where there is a
+// pair (seed, seed_pointer), the device value counts if there is one.
 #pragma once
 
 #include <cstdint>
@@ -22,31 +22,31 @@ enum FloatType : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 void pack_bits(const void* x, int64_t item_bytes, bool is_float, int64_t outer, int64_t channels, int64_t inner,
                uint8_t* out, int device, cudaStream_t stream);
 // packed (outer, inner, P) -> out (outer, C, inner); `one` is the bit pattern of a 1 of the item type.
-void unpack_bits(const uint8_t* packed, int64_t outer, int64_t channels, int64_t inner, int64_t item_bytes, uint64_t one,
-                 void* out, int device, cudaStream_t stream);
+void unpack_bits(const uint8_t* packed, int64_t outer, int64_t channels, int64_t inner, int64_t item_bytes,
+                 uint64_t one, void* out, int device, cudaStream_t stream);
 void random_bits(uint8_t* out, int64_t batch, int64_t rows, int64_t channels, int64_t seed, const int64_t* seed_pointer,
                  int64_t sample_offset, int device, cudaStream_t stream);
 
 // scale = -log2(e) / temperature. Adds the number of non-finite logits to *nonfinite. out may be x_t.
 // keep_mask and keep_bits have keep_mask_samples and keep_bits_samples samples, 1 or B.
 void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels,
-               const float* coefficients, int64_t coefficient_rows, int64_t seed, const int64_t* seed_pointer, int64_t step,
-               const int64_t* step_pointer, int64_t sample_offset, float scale, bool x0_prediction,
+               const float* coefficients, int64_t coefficient_rows, int64_t seed, const int64_t* seed_pointer,
+               int64_t step, const int64_t* step_pointer, int64_t sample_offset, float scale, bool x0_prediction,
                const void* uncond_logits, float guidance_scale, const uint8_t* keep_mask, int64_t keep_mask_samples,
                const uint8_t* keep_bits, int64_t keep_bits_samples, int32_t* nonfinite, uint8_t* out, int device,
                cudaStream_t stream);
 // flip_probability has `probabilities` elements, 1 or B.
 void add_noise(const uint8_t* x_0, int64_t batch, int64_t rows, int64_t channels, const float* flip_probability,
-               int64_t probabilities, int64_t seed, const int64_t* seed_pointer, int64_t step, const int64_t* step_pointer,
-               int64_t sample_offset, uint8_t* out, int device, cudaStream_t stream);
+               int64_t probabilities, int64_t seed, const int64_t* seed_pointer, int64_t step,
+               const int64_t* step_pointer, int64_t sample_offset, uint8_t* out, int device, cudaStream_t stream);
 // logits (B, outer, C, inner) -> out (B, outer inner, P).
 void binarize(const void* logits, int64_t type, int64_t batch, int64_t outer, int64_t channels, int64_t inner,
               bool bernoulli, int64_t seed, const int64_t* seed_pointer, int64_t step, const int64_t* step_pointer,
               int64_t sample_offset, uint8_t* out, int device, cudaStream_t stream);
 
-void flip_probability(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels,
-                      const float* coefficients, int64_t coefficient_rows, float scale, bool x0_prediction, float* out,
-                      int device, cudaStream_t stream);
+void flip_probability(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows,
+                      int64_t channels, const float* coefficients, int64_t coefficient_rows, float scale,
+                      bool x0_prediction, float* out, int device, cudaStream_t stream);
 void flip_probability_backward(const float* grad, const void* logits, int64_t type, const uint8_t* x_t, int64_t batch,
                                int64_t rows, int64_t channels, const float* coefficients, int64_t coefficient_rows,
                                float scale, float temperature, bool x0_prediction, void* out, int device,
@@ -63,8 +63,8 @@ void flip_loss_backward(const float* grad, const void* logits, int64_t type, con
                         bool x0_prediction, float* scratch, void* out, int device, cudaStream_t stream);
 
 // packed (M, P), weight (C, D), bias (D,) or null -> out (M, D).
-void embed_bits(const uint8_t* packed, const void* weight, int64_t type, const void* bias, int64_t rows, int64_t channels,
-                int64_t columns, bool is_signed, void* out, int device, cudaStream_t stream);
+void embed_bits(const uint8_t* packed, const void* weight, int64_t type, const void* bias, int64_t rows,
+                int64_t channels, int64_t columns, bool is_signed, void* out, int device, cudaStream_t stream);
 // Floats of scratch memory that embed_bits_backward needs.
 int64_t embed_bits_backward_scratch(int64_t rows, int64_t channels, int64_t columns);
 // grad (M, D), packed (M, P) -> out (C, D).
@@ -75,7 +75,7 @@ void embed_bits_backward(const void* grad, int64_t type, const uint8_t* packed, 
 void hamming_distance(const uint8_t* a, const uint8_t* b, int64_t batch, int64_t b_samples, int64_t bytes, int32_t* out,
                       int device, cudaStream_t stream);
 // queries (Q, n), database (M, n) -> keys (Q, M): distance 2^32 + index, which order as (distance, index) do.
-void hamming_keys(const uint8_t* queries, const uint8_t* database, int64_t num_queries, int64_t num_samples, int64_t bytes,
-                  int64_t* keys, int device, cudaStream_t stream);
+void hamming_keys(const uint8_t* queries, const uint8_t* database, int64_t num_queries, int64_t num_samples,
+                  int64_t bytes, int64_t* keys, int device, cudaStream_t stream);
 
 }  // namespace bldm::cuda

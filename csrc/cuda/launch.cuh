@@ -39,10 +39,14 @@ class DeviceGuard {
 template <class F>
 void with_float_type(int64_t type, F&& f) {
     switch (type) {
-        case kFloat32: return f(float{});
-        case kFloat16: return f(__half{});
-        case kBFloat16: return f(__nv_bfloat16{});
-        default: throw std::invalid_argument("unknown element type");
+        case kFloat32:
+            return f(float{});
+        case kFloat16:
+            return f(__half{});
+        case kBFloat16:
+            return f(__nv_bfloat16{});
+        default:
+            throw std::invalid_argument("unknown element type");
     }
 }
 

@@ -95,7 +95,8 @@ __device__ __forceinline__ T from_float(float x) {
 template <class T, int kWords>
 __device__ __forceinline__ float element(const uint32_t (&words)[kWords], int j) {
     if constexpr (std::is_same_v<T, float>) return __uint_as_float(words[j]);
-    if constexpr (std::is_same_v<T, __half>) return __half2float(__ushort_as_half(uint16_t(words[j / 2] >> (16 * (j % 2)))));
+    if constexpr (std::is_same_v<T, __half>)
+        return __half2float(__ushort_as_half(uint16_t(words[j / 2] >> (16 * (j % 2)))));
     // bfloat16 is the upper half of a float.
     return __uint_as_float(j % 2 ? words[j / 2] & 0xFFFF0000u : words[j / 2] << 16);
 }
@@ -153,7 +154,8 @@ struct Position {
     }
 };
 
-// Bytes 4 chunk to 4 chunk + 3 of a row: 32 bits. Bytes beyond the row are 0. kWords: row_bytes % 4 == 0, 4-byte aligned.
+// Bytes 4 chunk to 4 chunk + 3 of a row: 32 bits. Bytes beyond the row are 0. kWords: row_bytes % 4 == 0, 4-byte
+// aligned.
 template <bool kWords>
 __device__ __forceinline__ uint32_t load_chunk(const uint8_t* row, uint32_t chunk, uint32_t row_bytes) {
     if constexpr (kWords) return __ldg(reinterpret_cast<const uint32_t*>(row) + chunk);
