@@ -13,8 +13,8 @@ from .common import (
     byte_tile,
     exp2_scale,
     exp_neg,
+    mask_padding,
     on_device,
-    pack,
     value_or_load,
 )
 
@@ -34,6 +34,7 @@ def draw_from_logits(
     num_bits,
     inner,
     scale,
+    WHOLE_BYTES: tl.constexpr,
     SAMPLES: tl.constexpr,
     BYTES: tl.constexpr,
 ):
@@ -55,8 +56,9 @@ def draw_from_logits(
     key, draw = value_or_load(seed, seed_tensor), value_or_load(step, step_tensor)
     byte = row * row_bytes + p
     one = tl.full((1, 1), 1.0, tl.float32)
-    bits = bernoulli(one, 1 + e, BINARIZE, key, draw, sample + sample_offset, byte)
-    tl.store(out + sample * sample_bytes + byte, pack(bits & valid), exists)
+    bits = bernoulli(one, (1 + e) * -(2.0**-16), BINARIZE, key, draw, sample + sample_offset, byte)
+    bits = mask_padding(bits, byte, row_bytes, num_bits, WHOLE_BYTES)
+    tl.store(out + sample * sample_bytes + byte, bits, exists)
 
 
 def binarize(
@@ -89,6 +91,7 @@ def binarize(
             num_bits,
             inner,
             exp2_scale(1.0),
+            WHOLE_BYTES=num_bits % 8 == 0,
             enable_fp_fusion=False,
             **tile,
         )

@@ -24,7 +24,7 @@ from ...reference import (
 )
 
 # Packed bytes a program; more in the interpreter, whose cost is by the operation rather than by the element.
-BLOCK = 2048 if triton.knobs.runtime.interpret else 256
+BLOCK = 2048 if triton.knobs.runtime.interpret else 512
 NUM_WARPS = 4
 # Values that change from call to call must not become part of a compiled kernel.
 NOT_SPECIALIZED = ["seed", "step", "sample_offset", "num_samples"]
@@ -142,12 +142,24 @@ def value_or_load(value, pointer):
 
 
 @triton.jit
+def _mulhilo(A: tl.constexpr, x):
+    """High and low word of a 64-bit product, which is one instruction on a GPU."""
+    product = x.to(tl.uint64) * A
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
 def random_words(PURPOSE: tl.constexpr, seed, step, sample, byte):
     """[N] x 4 uint32: the Philox4x32-10 block of every packed byte."""
     draw = (step + (PURPOSE << _STEP_BITS)).to(tl.uint32)
-    sample_low, sample_high = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
-    seed_low, seed_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    return tl.philox_impl(byte.to(tl.uint32), draw, sample_low, sample_high, seed_low, seed_high, 10)
+    c0, c1, c2, c3 = byte.to(tl.uint32), draw, sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = _mulhilo(0xD2511F53, c0)
+        high1, low1 = _mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -185,12 +197,12 @@ def exp_neg(logits, scale):
 
 
 @triton.jit
-def bernoulli(numerator, denominator, PURPOSE: tl.constexpr, seed, step, sample, byte):
-    """[N, 8] bool, True with probability numerator / denominator."""
-    unit = denominator * 2.0**-16
-    remainder = fma(-random_lanes(PURPOSE, seed, step, sample, byte).to(tl.float32), unit, numerator)
-    bits = remainder > 0
-    if any_of(bits & (remainder < unit)):  # a tie, one bit in 65,536: the lower half of the uniform number decides
-        lower = random_lanes(PURPOSE + 1, seed, step, sample, byte).to(tl.float32)
-        bits = fma(-lower, unit * 2.0**-16, remainder) > 0
+def bernoulli(numerator, minus_unit, PURPOSE: tl.constexpr, seed, step, sample, byte):
+    """[N] uint8: bits set with probability numerator / denominator, [N, 8] each; minus_unit = -denominator 2^-16."""
+    lanes = random_lanes(PURPOSE, seed, step, sample, byte).to(tl.float32)
+    remainder = fma(lanes, minus_unit, numerator)
+    bits = pack(remainder > 0)
+    if any_of((remainder > 0) & (remainder < tl.abs(minus_unit))):  # a tie, one bit in 65,536: the lower half decides
+        lanes = random_lanes(PURPOSE + 1, seed, step, sample, byte).to(tl.float32)
+        bits = pack(fma(lanes, minus_unit * 2.0**-16, remainder) > 0)
     return bits

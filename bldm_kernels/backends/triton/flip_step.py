@@ -19,7 +19,6 @@ from .common import (
     load_coefficients,
     mask_padding,
     on_device,
-    pack,
     random_words,
     unpack,
     value_or_load,
@@ -75,10 +74,11 @@ def step_bits(
     e = exp_neg(mixed, scale)
     n0, n1, d0, d1 = load_coefficients(coefficients, sample, exists, PER_SAMPLE)
     key, draw = value_or_load(seed, seed_tensor), value_or_load(step, step_tensor)
-    numerator, denominator = fma(n0, e, n0 + n1), fma(d0, e, d0 + d1)
-    flips = bernoulli(numerator, denominator, FLIP_STEP, key, draw, sample + sample_offset, byte)
+    # Sign and powers of two commute with rounding, so they go to the coefficients instead of to every bit.
+    numerator, minus_unit = fma(n0, e, n0 + n1), fma(d0 * -(2.0**-16), e, (d0 + d1) * -(2.0**-16))
+    flips = bernoulli(numerator, minus_unit, FLIP_STEP, key, draw, sample + sample_offset, byte)
 
-    x ^= pack(flips & valid)
+    x ^= mask_padding(flips, byte, row_bytes, num_bits, WHOLE_BYTES)
     if keep_mask is not None:
         keep = tl.load(keep_mask + sample * mask_stride + byte, exists, 0)
         kept = tl.load(keep_bits + sample * bits_stride + byte, exists, 0)
