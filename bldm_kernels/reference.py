@@ -163,9 +163,10 @@ def flip_probability_backward(
 ) -> Tensor:
     """dP/dl = (n1 d0 - n0 d1) / (d0 + d1 f)^2 * f (1 - f) / temperature, with the sign of the x_0 conversion."""
     dtype = working_dtype(logits.dtype)
-    f = torch.sigmoid(_flip_logits(logits.to(dtype), x_t, x0_prediction) / temperature)
+    scaled = _flip_logits(logits.to(dtype), x_t, x0_prediction) / temperature
+    f, not_f = torch.sigmoid(scaled), torch.sigmoid(-scaled)  # 1 - f would lose a saturated logit's gradient
     n0, n1, d0, d1 = (c.view(-1, 1, 1).to(dtype) for c in coefficients.unbind(-1))
-    slope = (n1 * d0 - n0 * d1) / (d0 + d1 * f).square() * f * (1 - f) / temperature
+    slope = (n1 * d0 - n0 * d1) / (d0 + d1 * f).square() * f * not_f / temperature
     return _flip_logits(grad.to(dtype) * slope, x_t, x0_prediction)
 
 
