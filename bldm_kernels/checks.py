@@ -65,9 +65,9 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     """An int in low..high (both included)."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]  # a dynamic size under torch.compile
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")) or isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    value = index(value)
+    value = value if isinstance(value, int) else index(value)  # torch.compile traces neither hasattr nor index of its symbols
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {low} <= {name} <= {high}, got {value}")
     return value

@@ -1,5 +1,6 @@
 """BinaryAutoencoder: images to a grid of bits and back (Wang et al. 2023, section 3.1)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from .checkpoint import PretrainedModel
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -77,12 +78,17 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
         mode: str = "bernoulli",
     ):
         super().__init__()
+        bk.checks.integer("image_size", image_size, 1, 2**16)
+        bk.checks.integer("in_channels", in_channels, 1, 2**16)
         bk.checks.integer("num_bits", num_bits, 1, 2**16)
+        bk.checks.integer("num_res_blocks", num_res_blocks, 1, 2**10)
         bk.checks.option("mode", mode, ("bernoulli", "threshold"))
-        if base_channels < 4 or base_channels % 4:
+        if bk.checks.integer("base_channels", base_channels, 4, 2**16) % 4:
             raise ValueError(f"base_channels: expected a multiple of 4, got {base_channels}")
+        if not channel_multipliers or any(bk.checks.integer("channel_multipliers", m, 0, 2**10) < 1 for m in channel_multipliers):
+            raise ValueError(f"channel_multipliers: expected one integer >= 1 a level, got {list(channel_multipliers)}")
         scale = 2 ** (len(channel_multipliers) - 1)
-        if not channel_multipliers or image_size % scale:
+        if image_size % scale:
             raise ValueError(
                 f"image_size: expected a multiple of {scale} for {len(channel_multipliers)} levels, got {image_size}"
             )
@@ -116,9 +122,10 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
             raise ValueError(f"images: expected shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         return self.encoder(images)
 
+    @torch.no_grad()
     def encode(self, images: Tensor, *, seed: int | None = None, sample_offset: int = 0) -> Tensor:
         """Packed bits uint8 (B, h, w, P): thresholded without a seed, Bernoulli with one."""
-        return bk.binarize(self.encode_logits(images).detach(), seed=seed, sample_offset=sample_offset, dim=1)
+        return bk.binarize(self.encode_logits(images), seed=seed, sample_offset=sample_offset, dim=1)
 
     def decode(self, packed: Tensor) -> Tensor:
         """Packed bits (B, h, w, P) -> images (B, in_channels, H, W), about in [-1, 1]."""

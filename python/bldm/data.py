@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-FASHION_MNIST = [
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-]  # fmt: skip
+# IDX files hold numbers only; these data sets are known by the name of their folder, or of the one above it.
+KNOWN_CLASSES = {
+    "fashionmnist": ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"],
+    "mnist": [str(digit) for digit in range(10)],
+}
 IDX_SPLITS = {"train": "train", "test": "t10k"}
 
 
@@ -33,9 +37,9 @@ def load_images(path: str | Path, split: str = "train", image_size: int | None =
     """Load a whole data set into memory.
 
     Args:
-        path: a folder with IDX files (train-images-idx3-ubyte[.gz] and so on), an NPZ file with `images` (N, H, W[, C]) uint8 and
-            `labels` (or one per split: train_images, test_images, ...), or a folder of pictures, a subfolder being a class
-            (below train/ and test/ folders if there are any).
+        path: a folder with IDX files (train-images-idx3-ubyte[.gz] and so on, images and labels), an NPZ file with `images`
+            uint8 (N, H, W[, C]), and `labels` and `class_names` if there are any (or split by split: train_images, ...),
+            or a folder of pictures, a subfolder being a class (below train/ and test/ folders if there are any).
         split: "train" or "test".
         image_size: pictures are cropped to a square and resized to it; other data must have this size already.
 
@@ -64,51 +68,67 @@ def _find_idx(folder: Path, split: str, what: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes: magic 0 0 8 ndim, big-endian sizes, data."""
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """An IDX file of unsigned bytes in `ndim` dimensions: magic 0 0 8 ndim, big-endian sizes, data."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"data: {path} is not a whole gzip file: {error}") from None
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"data: {path} does not start like an IDX file of unsigned bytes")
-    ndim = raw[3]
+    if raw[:4] != bytes([0, 0, 8, ndim]):
+        raise ValueError(
+            f"data: {path} does not start like an IDX file of unsigned bytes in {ndim} dimensions: expected the magic number "
+            f"0000080{ndim}, got {raw[:4].hex()}"
+        )
     sizes = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim]) if len(raw) >= 4 + 4 * ndim else ()
     expected = 4 + 4 * ndim + int(np.prod(sizes, dtype=np.int64))
     if not sizes or len(raw) != expected:
         raise ValueError(f"data: {path} is truncated or too long: expected {expected} bytes for sizes {sizes}, got {len(raw)}")
+    if 0 in sizes:
+        raise ValueError(f"data: {path} is empty: its sizes are {sizes}")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
 
 
 def _load_idx(folder: Path, images_file: Path, split: str) -> ImageData:
-    images = torch.from_numpy(read_idx(images_file).copy()).unsqueeze(1)
     labels_file = _find_idx(folder, split, "labels")
-    labels = None if labels_file is None else torch.from_numpy(read_idx(labels_file).astype(np.int64))
-    if labels is not None and len(labels) != len(images):
+    if labels_file is None:
+        expected = f"{IDX_SPLITS[split]}-labels-idx1-ubyte[.gz]"
+        raise FileNotFoundError(f"data: {images_file} has no labels: expected {expected} beside it")
+    images = torch.from_numpy(read_idx(images_file, 3).copy()).unsqueeze(1)
+    labels = torch.from_numpy(read_idx(labels_file, 1).astype(np.int64))
+    if len(labels) != len(images):
         raise ValueError(f"data: {labels_file} has {len(labels)} labels for {len(images)} images")
-    return ImageData(images, labels, FASHION_MNIST if "fashion" in str(folder.resolve()).lower() else None)
+    return ImageData(images, labels, _known_classes(folder) if int(labels.max()) < 10 else None)
+
+
+def _known_classes(folder: Path) -> list[str] | None:
+    parts = ("".join(filter(str.isalnum, part.lower())) for part in folder.resolve().parts[-2:])
+    return next((KNOWN_CLASSES[part] for part in parts if part in KNOWN_CLASSES), None)
 
 
 def _load_npz(path: Path, split: str) -> ImageData:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data: {path} is not an NPZ file of plain arrays: {error}") from None
     images = arrays.get(f"{split}_images", arrays.get("images"))
     labels = arrays.get(f"{split}_labels", arrays.get("labels"))
-    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
+    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         found = {name: (a.dtype.name, a.shape) for name, a in arrays.items()}
         raise ValueError(f"data: {path}: expected an array 'images' of uint8 (N, H, W) or (N, H, W, C), found {found}")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"data: {path}: expected {len(images)} labels, found shape {labels.shape}")
+    names = arrays.get("class_names")
+    if labels is not None:
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(f"data: {path}: expected {len(images)} integer labels, found {labels.dtype.name} {labels.shape}")
+        high = 2**31 if names is None else len(names)
+        if labels.min() < 0 or labels.max() >= high:
+            raise ValueError(f"data: {path}: expected labels 0..{high - 1}, found {labels.min()}..{labels.max()}")
     x = torch.from_numpy(images)
     x = x.unsqueeze(1) if x.dim() == 3 else x.movedim(-1, 1).contiguous()
-    names = arrays.get("class_names")
     return ImageData(
         x,
         None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-        None if names is None else [str(name) for name in names],
+        None if names is None or labels is None else [str(name) for name in names],
     )
 
 
@@ -122,8 +142,10 @@ def _load_folder(path: Path, split: str, image_size: int | None) -> ImageData:
         raise ValueError(f"image_size: expected a size for the pictures in {root}, got None")
     images = torch.stack([_load_picture(f, image_size) for f in files])
     parents = [f.parent.relative_to(root).parts for f in files]
-    if not all(parents):
+    if not any(parents):
         return ImageData(images)
+    if not all(parents):
+        raise ValueError(f"data: {root} has pictures beside its class folders, for example {files[parents.index(())].name}")
     names = sorted({parts[0] for parts in parents})
     return ImageData(images, torch.tensor([names.index(parts[0]) for parts in parents]), names)
 
@@ -133,11 +155,12 @@ def _load_picture(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as picture:
             rgb = picture.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"data: {path} is not a readable picture: {error}") from None
     side = min(rgb.size)
     left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-    rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    # Cropped first: resizing from a box would blend in the pixels around it.
+    rgb = rgb.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 

@@ -19,6 +19,15 @@ def sinusoids(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def grid_sinusoids(num_positions: int, width: int) -> Tensor:
+    """(N, width): row and column of every position of a square grid, half the width each; a line if N is no square."""
+    side = math.isqrt(num_positions)
+    place = torch.arange(num_positions)
+    if side * side != num_positions:
+        return sinusoids(place, width)
+    return torch.cat([sinusoids(place // side, width // 2), sinusoids(place % side, width // 2)], dim=-1)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each scaled by a learned vector (LayerScale)."""
 
@@ -42,7 +51,7 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
     """Transformer over the positions of a binary latent; the time and class tokens stand after them.
 
     Args:
-        num_positions: N, positions of a latent.
+        num_positions: N, positions of a latent; their learned embedding starts as sinusoids of a square grid.
         num_bits: C, bits at each position.
         width, depth, num_heads, mlp_ratio, dropout: of the transformer.
         num_classes: number of classes, or None for an unconditional model.
@@ -62,13 +71,19 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if width % num_heads or width % 4:
+        for name, value in (("num_positions", num_positions), ("num_bits", num_bits), ("num_steps", num_steps), ("depth", depth)):
+            bk.checks.integer(name, value, 1, 10**6)
+        if num_classes is not None:
+            bk.checks.integer("num_classes", num_classes, 1, 10**6)
+        if not 0 <= bk.checks.real("dropout", dropout) < 1:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+        if width < 4 or num_heads < 1 or width % num_heads or width % 4:
             raise ValueError(f"width: expected a multiple of 4 and of num_heads = {num_heads}, got {width}")
         self.num_positions, self.num_bits, self.num_classes, self.num_steps = num_positions, num_bits, num_classes, num_steps
         self.null_label = num_classes
         self.token_weight = nn.Parameter(torch.randn(num_bits, width) * num_bits**-0.5)
         self.token_bias = nn.Parameter(torch.zeros(width))
-        self.positions = nn.Parameter(torch.randn(num_positions, width) * 0.02)
+        self.positions = nn.Parameter(grid_sinusoids(num_positions, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, dropout) for _ in range(depth))
@@ -78,9 +93,20 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Logits (B, ..., C) of packed x_t (B, ..., P) at timesteps t (B,) in 1..T; label (B,), or None for no class."""
+        """Logits of a set bit in x_0 XOR x_t (flip prediction) or in x_0.
+
+        Args:
+            x_t: packed uint8 (B, ..., P), N positions in all.
+            t: int64 (B,), timesteps in 1..T.
+            label: int64 (B,), classes or `null_label`; None: no class. An unconditional model takes None only.
+
+        Returns: (B, ..., C), float32 or what autocast makes of it.
+        """
+        bk.checks.packed("x_t", x_t, min_dim=3)
+        if x_t.shape[1:-1].numel() != self.num_positions:
+            raise ValueError(f"x_t: expected {self.num_positions} positions a sample, got shape {tuple(x_t.shape)}")
         x = bk.embed_bits(x_t.flatten(1, -2), self.token_weight, self.token_bias) + self.positions
-        time = self.time(sinusoids(t * (1000.0 / self.num_steps), x.shape[-1]))
+        time = self.time(sinusoids(t * (1000.0 / self.num_steps), x.shape[-1]).to(x.dtype))
         tokens = [x, time.unsqueeze(1)]
         if self.classes is not None:
             if label is None:

@@ -19,8 +19,8 @@ class DiffusionLoss:
     Args:
         schedule: the forward process.
         prediction: "flip" or "x_0".
-        form: "plain" binary cross entropy; "balanced" by class within each sample (the paper's code with focal = 0: its optimum is
-            the true logit + log((1 - r) / r), so probabilities come out biased); "focal" is balanced with `focal_gamma`.
+        form: "plain" binary cross entropy; "balanced" by class within each sample (the paper's code with focal = 0: its optimum
+            is the true logit + log((1 - r) / r), so probabilities come out biased); "focal" is balanced with `focal_gamma`.
         focal_gamma: exponent of the focal form.
         weighting: "mean", or "weighted" by 1 - (t - 1) / T.
         posterior_kl: factor of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)).
@@ -38,8 +38,10 @@ class DiffusionLoss:
     def __post_init__(self) -> None:
         bk.checks.option("form", self.form, FORMS)
         bk.checks.option("weighting", self.weighting, WEIGHTINGS)
-        if bk.checks.real("posterior_kl", self.posterior_kl) < 0:
-            raise ValueError(f"posterior_kl: expected >= 0, got {self.posterior_kl}")
+        bk.checks.option("prediction", self.prediction, ("flip", "x_0"))
+        for name in ("posterior_kl", "focal_gamma"):
+            if bk.checks.real(name, getattr(self, name)) < 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
         steps = range(self.schedule.num_steps, 0, -1)
         table = self.schedule.coefficients(steps, self.rule, final="sample")
         self._rows = torch.cat([table.new_zeros(1, 4), table.flip(0)])  # row t: the step from t to t - 1
@@ -93,5 +95,6 @@ class DiffusionLoss:
         n0, n1, d0, d1 = (c.view(-1, *[1] * (logits.dim() - 1)) for c in rows.unbind(-1))
         wrong = bk.unpack_bits(x_0 ^ x_t, num_bits, torch.bool)
         q = torch.where(wrong, (n0 + n1) / (d0 + d1).clamp(min=1e-12), n0 / d0).clamp(0, 1)
-        kl = torch.xlogy(q, q / p) + torch.xlogy(1 - q, (1 - q) / (1 - p))
+        # q log p apart from q log q: the gradient of xlogy(q, q / p) is 0 / 0 at q = 0.
+        kl = torch.xlogy(q, q) - torch.xlogy(q, p) + torch.xlogy(1 - q, 1 - q) - torch.xlogy(1 - q, 1 - p)
         return kl.flatten(1).mean(1)

@@ -6,6 +6,8 @@ from typing import Annotated
 import torch
 import typer
 
+import bldm_kernels as bk
+
 from ..data import ImageData, load_images
 from ..training.loop import TrainOptions
 from .common import console, one_line_errors
@@ -16,7 +18,7 @@ Steps = Annotated[int, typer.Option(help="Optimiser steps")]
 BatchSize = Annotated[int, typer.Option(help="Images a step and process")]
 Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate")]
 Decay = Annotated[float, typer.Option("--ema-decay", help="Of the averaged weights, which are what is saved")]
-Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16 [default: bf16 on a GPU, else no]")]
+Precision = Annotated[str | None, typer.Option(help="no or bf16 [default: bf16 on a GPU, else no]")]
 Compile = Annotated[bool, typer.Option("--compile", help="Train under torch.compile")]
 Minutes = Annotated[float | None, typer.Option(help="Stop after so many minutes, with a checkpoint to --resume from")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many images")]
@@ -31,9 +33,17 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 def _load(data: Path, image_size: int | None, limit: int | None) -> ImageData:
     loaded = load_images(data, "train", image_size)
     if limit is not None:
+        bk.checks.integer("max_train_samples", limit, 1, 2**62)
         labels = None if loaded.labels is None else loaded.labels[:limit]
         loaded = ImageData(loaded.images[:limit], labels, loaded.class_names)
     return loaded
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected integers separated by commas, got {text!r}") from None
 
 
 def _precision(name: str | None) -> str:
@@ -70,6 +80,7 @@ def train_autoencoder(
     """Train a binary autoencoder on images."""
     from ..training.autoencoder import train_autoencoder as run
 
+    levels = _integers("multipliers", multipliers)
     loaded = _load(data, image_size, max_train_samples)
     if loaded.images.shape[2] != loaded.images.shape[3]:
         raise ValueError(f"data: expected square images, got {tuple(loaded.images.shape[2:])}")
@@ -78,7 +89,7 @@ def train_autoencoder(
         "in_channels": loaded.images.shape[1],
         "num_bits": bits,
         "base_channels": base_channels,
-        "channel_multipliers": [int(m) for m in multipliers.split(",")],
+        "channel_multipliers": levels,
         "num_res_blocks": res_blocks,
         "attention": attention,
         "mode": mode,

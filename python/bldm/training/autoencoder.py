@@ -30,7 +30,7 @@ def train_autoencoder(
     details: dict[str, Any] | None = None,
 ) -> BinaryAutoencoder:
     """Train a `BinaryAutoencoder(**config)` on images, L1 + mse_weight MSE - entropy_weight code entropy; saves it to `out`."""
-    accel = accelerator(options)
+    accel = accelerator()
     torch.manual_seed(options.seed)
     model = BinaryAutoencoder(**config)
     images = data.images.to(accel.device)

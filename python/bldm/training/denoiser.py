@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bldm_kernels as bk
+
 from ..autoencoder import BinaryAutoencoder
 from ..data import ImageData, to_float
 from ..diffusion import BinaryLatentDiffusion
@@ -42,25 +44,26 @@ def train_denoiser(
 ) -> BinaryLatentDiffusion:
     """Train a denoiser on the bits of a trained autoencoder and save the whole `BinaryLatentDiffusion` to `out`.
 
-    Args: config are further arguments of `BinaryDenoiser`, loss those of `DiffusionLoss`; label_dropout is the share of labels replaced by the
-    null label, which is what guidance needs. A model is class-conditional when the data has labels.
+    Args:
+        autoencoder: its folder.
+        config: further arguments of `BinaryDenoiser`; the model is class-conditional when the data has labels.
+        label_dropout: share of labels replaced by the null label, in 0..1, which is what guidance needs.
+        flip: train on the latents of the mirror images too.
+        loss: arguments of `DiffusionLoss`.
     """
-    accel = accelerator(options)
+    if not 0 <= bk.checks.real("label_dropout", label_dropout) <= 1:
+        raise ValueError(f"label_dropout: expected 0 <= label_dropout <= 1, got {label_dropout}")
+    accel = accelerator()
     encoder = BinaryAutoencoder.from_pretrained(autoencoder, map_location=accel.device)
     latents = encode_images(encoder, data.images, flip)
-    labels = None
+    labels, num_classes = None, 0
     if data.labels is not None:
-        config = {**config, "num_classes": int(data.labels.max()) + 1}
+        num_classes = int(data.labels.max()) + 1 if data.class_names is None else len(data.class_names)
+        config = {**config, "num_classes": num_classes}
         labels = data.labels.to(accel.device).repeat(2 if flip else 1)
     torch.manual_seed(options.seed)
-    model = BinaryLatentDiffusion(
-        dict(encoder._hub_mixin_config or {}),
-        config,
-        schedule,
-        num_steps,
-        prediction,
-        data.class_names,  # type: ignore[call-overload]
-    )
+    known: Any = encoder._hub_mixin_config
+    model = BinaryLatentDiffusion(dict(known), config, schedule, num_steps, prediction, data.class_names)
     model.autoencoder.load_state_dict(encoder.state_dict())
     criterion = DiffusionLoss(model.schedule, prediction, **(loss or {}))
     num_bits = encoder.latent_shape[-1]
@@ -69,7 +72,7 @@ def train_denoiser(
         label = None if labels is None else labels[rows]
         if label is not None and label_dropout > 0:
             dropped = torch.rand(label.shape, device=label.device) < label_dropout
-            label = torch.where(dropped, model.denoiser.null_label, label)
+            label = label.masked_fill(dropped, num_classes)  # the null label
         seed = options.seed * accel.num_processes + accel.process_index
         return criterion(trained, latents[rows], num_bits, seed=seed, step=step, label=label)
 

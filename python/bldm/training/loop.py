@@ -3,7 +3,10 @@
 import datetime
 import json
 import math
+import os
+import pickle
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -17,9 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bldm_kernels import checks
+
 from ..checkpoint import write_atomically
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "train.json"
+REPORT_EVERY = 50
 Objective = Callable[[nn.Module, Tensor, int], dict[str, Tensor]]
 
 
@@ -44,14 +50,19 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision: expected 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
+            checks.integer(name, getattr(self, name), 1, 2**40)
+        for name in ("lr", "grad_clip"):
+            checks.positive(name, getattr(self, name))
+        if not 0 <= checks.real("ema_decay", self.ema_decay) < 1:
+            raise ValueError(f"ema_decay: expected 0 <= ema_decay < 1, got {self.ema_decay}")
+        if self.max_minutes is not None:
+            checks.positive("max_minutes", self.max_minutes)
+        checks.option("mixed_precision", self.mixed_precision, ("no", "bf16"))
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then cosine decay to a hundredth."""
+    """Linear warm-up (at most a tenth of the run), then cosine decay to a hundredth."""
+    warmup = min(warmup, total // 10)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
@@ -76,13 +87,13 @@ class Batches:
         return self._order[position * self.batch_size :][: self.batch_size]
 
 
-def accelerator(options: TrainOptions) -> Any:
+def accelerator() -> Any:
     """huggingface accelerate: one GPU, several, or the CPU, as the launcher says."""
     try:
         from accelerate import Accelerator
     except ImportError:
         raise RuntimeError("training needs the extra: pip install 'bldm-kernels[train]'") from None
-    return Accelerator(mixed_precision=options.mixed_precision)
+    return Accelerator(mixed_precision="no")  # autocast is ours: accelerate would keep its first choice for the whole process
 
 
 def train(
@@ -91,67 +102,101 @@ def train(
     """Minimise objective(model, rows, step)["loss"]; returns the averaged (EMA) model, on every process.
 
     Writes out/checkpoint.pt every `save_every` steps and out/train.json at the end (main process). With `options.resume` the
-    run goes on from the checkpoint exactly as if it had not been interrupted.
+    run goes on from the checkpoint exactly as if it had not been interrupted: everything random is a function of the seed, the
+    step and the process.
     """
-    torch.manual_seed(options.seed)
-    model = model.to(accel.device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay))
+    model = model.to(accel.device).train()
+    ema = AveragedModel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.99))
-    first = _restore(out / CHECKPOINT, model, ema, optimizer, accel.device) if options.resume else 0
+    first, minutes = _restore(out / CHECKPOINT, model, ema, optimizer) if options.resume else (0, 0.0)
     trained, optimizer = accel.prepare(torch.compile(model) if options.compile else model, optimizer)
     batches = Batches(num_items, options.batch_size * accel.num_processes, options.seed)
     writer = _writer(options.log_dir) if accel.is_main_process else None
-    start, step, shown = time.perf_counter(), first, ""
-    console = Console(quiet=not accel.is_main_process)
-    with _progress(console) as progress:
+    start, done, means = time.perf_counter(), first, Means()
+    with _progress(Console(quiet=not accel.is_main_process)) as progress:
         task = progress.add_task("training", total=options.steps, completed=first)
         for step in range(first, options.steps):
+            torch.manual_seed(((options.seed + 1) * 1_000_000_007 + step * accel.num_processes + accel.process_index) % 2**63)
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * learning_rate_factor(step, options.warmup, options.steps)
             rows = batches(step).chunk(accel.num_processes)[accel.process_index].to(accel.device)
-            with accel.autocast():
+            with torch.autocast(accel.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
                 losses = objective(trained, rows, step)
             optimizer.zero_grad(set_to_none=True)
             accel.backward(losses["loss"])
             accel.clip_grad_norm_(trained.parameters(), options.grad_clip)
             optimizer.step()
+            # The average starts out shorter, so that a short run does not keep its random beginning.
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min(options.ema_decay, (1 + step) / (10 + step)))
             ema.update_parameters(model)
-            if step % 50 == 0 or step + 1 == options.steps:
-                values = {name: value.item() for name, value in losses.items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(f"loss: {values['loss']} at step {step}")
-                rate = (step + 1 - first) * batches.batch_size / (time.perf_counter() - start)
+            done = step + 1
+            means.add(losses)
+            seconds = time.perf_counter() - start
+            late = done % 10 == 0 and options.max_minutes is not None and _any(seconds > 60 * options.max_minutes, accel)
+            end = late or done == options.steps
+            if done % REPORT_EVERY == 0 or step == first or end:
+                values = means.read(step)
+                rate = (done - first) * batches.batch_size / seconds
                 shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
-                progress.update(task, completed=step + 1, description=f"{shown}  {rate:,.0f} images/s")
+                progress.update(task, description=f"{shown}  {rate:,.0f} images/s")
                 if writer is not None:
                     for name, value in values.items():
                         writer.add_scalar(name, value, step)
-            late = options.max_minutes is not None and time.perf_counter() - start > 60 * options.max_minutes
-            if accel.is_main_process and ((step + 1) % options.save_every == 0 or step + 1 == options.steps or late):
-                _save(out / CHECKPOINT, step + 1, model, ema, optimizer)
+            progress.update(task, completed=done)
+            if accel.is_main_process and (done % options.save_every == 0 or end):
+                _save(out / CHECKPOINT, done, minutes + seconds / 60, model, ema, optimizer)
             if late:
                 break
-    minutes = (time.perf_counter() - start) / 60
+    minutes += (time.perf_counter() - start) / 60
     if writer is not None:
         writer.close()
     if accel.is_main_process:
-        write_summary(out, options, step + 1, minutes, shown, accel, details)
-    return ema.module
+        write_summary(out, options, done, minutes, means.last, accel, details)
+    return ema.module.eval()
+
+
+class Means:
+    """Mean losses since the last report, summed on the device: reading them is the only synchronisation."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.last: dict[str, float] = {}
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if self.count else value
+        self.count += 1
+
+    def read(self, step: int) -> dict[str, float]:
+        self.last = {name: value.item() / self.count for name, value in self.sums.items()}
+        self.count = 0
+        if not math.isfinite(self.last["loss"]):
+            raise FloatingPointError(f"loss: {self.last['loss']} at or before step {step}")
+        return self.last
+
+
+def _any(flag: bool, accel: Any) -> bool:
+    """Whether the flag is set on any process, so that all stop together."""
+    if accel.num_processes == 1:
+        return flag
+    return bool(accel.reduce(torch.tensor(float(flag), device=accel.device)).item())
 
 
 def write_summary(
-    out: Path, options: TrainOptions, steps: int, minutes: float, losses: str, accel: Any, details: dict[str, Any]
+    out: Path, options: TrainOptions, steps: int, minutes: float, losses: dict[str, float], accel: Any, details: dict[str, Any]
 ) -> None:
     gpu = accel.device.type == "cuda"
     summary = {
-        "command": " ".join(["bldm", *sys.argv[1:]]),
-        "machine": torch.cuda.get_device_name(accel.device) if gpu else platform.processor() or "CPU",
+        "command": shlex.join(["bldm", *sys.argv[1:]]),
+        "machine": torch.cuda.get_device_name(accel.device) if gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "processes": accel.num_processes,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "steps_done": steps,
         "minutes": round(minutes, 2),
-        "final_losses": losses,
+        "final_losses": {name: round(value, 6) for name, value in losses.items()},
         "options": asdict(options),
         **details,
     }
@@ -174,27 +219,26 @@ def _writer(log_dir: str | None) -> Any:
     return SummaryWriter(log_dir)
 
 
-def _save(path: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: Any) -> None:
+def _save(path: Path, step: int, minutes: float, model: nn.Module, ema: nn.Module, optimizer: Any) -> None:
     state = {
         "step": step,
+        "minutes": minutes,
         "model": model.state_dict(),
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
     }
     write_atomically(path, lambda name: torch.save(state, name))
 
 
-def _restore(path: Path, model: nn.Module, ema: nn.Module, optimizer: Any, device: torch.device) -> int:
-    """Load a checkpoint and return the step to go on from; 0 when there is none yet."""
+def _restore(path: Path, model: nn.Module, ema: nn.Module, optimizer: Any) -> tuple[int, float]:
+    """Load a checkpoint: the step to go on from and the minutes spent so far; 0 and 0 when there is none yet."""
     if not path.is_file():
-        return 0
+        return 0, 0.0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-    except (KeyError, RuntimeError, ValueError, EOFError) as error:
+        return int(state["step"]), float(state.get("minutes", 0.0))
+    except (KeyError, TypeError, RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise ValueError(f"resume: {path} is not a checkpoint of this model: {error}") from None
-    return int(state["step"])
