@@ -7,6 +7,7 @@ from typing import Any
 import bldm
 import pytest
 import torch
+from bldm.data import load_images, to_float
 from tiny_models import tiny_autoencoder, tiny_denoiser
 from torch import Tensor
 
@@ -18,6 +19,9 @@ AUTOENCODERS: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
     ({"image_size": 8, "num_bits": 1, "base_channels": 36, "channel_multipliers": (4, 1), "attention": True}, (4, 4, 1)),
     ({"image_size": 5, "num_bits": 24, "base_channels": 8, "channel_multipliers": (2,), "num_res_blocks": 2}, (5, 5, 24)),
 ]
+
+
+PICTURES = Path(__file__).parent / "data" / "fashion_mnist_64.npz"  # the first 64 of Fashion-MNIST's test set (MIT licence)
 
 
 def images(model: bldm.BinaryAutoencoder, count: int = 3) -> Tensor:
@@ -74,6 +78,23 @@ def test_gradient_passes_through_the_bits(mode: str) -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["bernoulli", "threshold"])
+def test_autoencoder_overfits_real_pictures(mode: str) -> None:
+    torch.manual_seed(0)
+    model = bldm.BinaryAutoencoder(image_size=28, num_bits=24, base_channels=8, channel_multipliers=(1, 1), mode=mode)
+    x = to_float(load_images(PICTURES, image_size=28).images[:8])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 80)
+        loss = (model(x, seed=0, step=step)[0] - x).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        error = (model.decode(model.encode(x)) - x).abs().mean()
+    assert error < 0.65 * (x - x.mean(0)).abs().mean()  # the mean picture needs no bits
+
+
 @torch.no_grad()
 def test_denoiser_output_depends_on_every_input() -> None:
     model = tiny_denoiser()
@@ -97,6 +118,7 @@ def test_denoiser_keeps_the_shape_of_the_latent() -> None:
     x = bk.random_bits(3, (2, 2, 8), seed=0)
     t = torch.tensor([1, 8, 16])
     assert torch.equal(model(x, t), model(x.flatten(1, 2), t).view(3, 2, 2, 8))
+    assert model(x[:0], t[:0]).shape == (0, 2, 2, 8)
 
 
 @torch.no_grad()
@@ -148,6 +170,10 @@ def test_models_compile_without_a_graph_break() -> None:
     x, t, label = bk.random_bits(2, (4, 8), seed=0), torch.tensor([3, 9]), torch.tensor([0, 3])
     compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, t, label), denoiser(x, t, label))
+    any_batch = torch.compile(denoiser, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (2, 5):
+        x_t, times = bk.random_bits(count, (2, 2, 8), seed=0), torch.arange(1, count + 1)
+        torch.testing.assert_close(any_batch(x_t, times), denoiser(x_t, times))
     pictures = images(autoencoder)
     compiled = torch.compile(autoencoder, fullgraph=True, backend="aot_eager")
     for step in (0, 5, 6):  # the step turns into a symbol
@@ -164,7 +190,7 @@ def test_checkpoints_hold_the_whole_model(make: Callable[[], Any], tmp_path: Pat
     assert not loaded.training
 
 
-T = torch.tensor([1, 2])
+X, T = bk.random_bits(2, (4, 8), seed=0), torch.tensor([1, 2])
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: bldm.BinaryAutoencoder(image_size=30), ValueError, "image_size: expected a multiple of 4 for 3 levels, got 30"),
     (lambda: bldm.BinaryAutoencoder(image_size=0), ValueError, "image_size: expected 1 <= image_size .*, got 0"),
@@ -176,6 +202,8 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: bldm.BinaryAutoencoder(num_res_blocks=0), ValueError, "num_res_blocks: expected 1 <= num_res_blocks"),
     (lambda: bldm.BinaryAutoencoder(mode="soft"), ValueError, "mode: expected one of 'bernoulli', 'threshold', got 'soft'"),
     (lambda: tiny_autoencoder().encode(torch.zeros(2, 1, 32, 32)), ValueError, r"images: expected shape \(B, 1, 28, 28\), got"),
+    (lambda: tiny_autoencoder().encode(torch.zeros(2, 1, 28, 28).byte()), TypeError, "images: expected dtype .*, got uint8"),
+    (lambda: tiny_autoencoder()(torch.zeros(2, 1, 28, 24)), ValueError, r"images: expected .*, got \(2, 1, 28, 24\)"),
     (lambda: tiny_autoencoder().decode(torch.zeros(2, 7, 7, 8)), TypeError, "packed: expected dtype uint8, got float32"),
     (lambda: tiny_autoencoder().decode(bk.random_bits(2, (7, 8), seed=0)), ValueError, r"packed: expected shape \(2, 7, 7, 1\)"),
     (
@@ -190,6 +218,11 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: tiny_denoiser()(bk.random_bits(2, (5, 8), seed=0), T), ValueError, "x_t: expected 4 positions a sample, got shape"),
     (lambda: tiny_denoiser()(bk.random_bits(2, (1, 8), seed=0), T), ValueError, "x_t: expected 4 positions a sample, got shape"),
     (lambda: tiny_denoiser()(torch.zeros(2, 4, 1), T), TypeError, "x_t: expected dtype uint8, got float32"),
+    (lambda: tiny_denoiser()(X, T[:1]), ValueError, r"t: expected shape \(2,\) \(one a sample\), got \(1,\)"),
+    (lambda: tiny_denoiser()(X, T[0]), ValueError, r"t: expected shape \(2,\) \(one a sample\), got \(\)"),
+    (lambda: tiny_denoiser()(X, T.float()), TypeError, "t: expected dtype int64, got float32"),
+    (lambda: tiny_denoiser()(X, T, T[:1]), ValueError, r"label: expected shape \(2,\) \(one a sample\), got \(1,\)"),
+    (lambda: tiny_denoiser()(X, T, T.float()), TypeError, "label: expected dtype int64, got float32"),
     (
         lambda: bldm.BinaryDenoiser(4, 8, width=8, num_heads=2)(bk.random_bits(2, (4, 8), seed=0), T, T),
         ValueError,

@@ -117,6 +117,7 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
 
     def encode_logits(self, images: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, C, h, w) of each bit being 1."""
+        bk.checks.floating("images", images)
         expected = (self.in_channels, self.image_size, self.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images: expected shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.gamma1 * F.dropout(self.proj(h), self.dropout, self.training)
         return x + self.gamma2 * F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
@@ -105,6 +105,10 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
         bk.checks.packed("x_t", x_t, min_dim=3)
         if x_t.shape[1:-1].numel() != self.num_positions:
             raise ValueError(f"x_t: expected {self.num_positions} positions a sample, got shape {tuple(x_t.shape)}")
+        for name, value in (("t", t), ("label", label)):
+            if value is not None:
+                bk.checks.tensor(name, value, (torch.int64,))
+                bk.checks.shape(name, value, x_t.shape[:1], "one a sample")
         x = bk.embed_bits(x_t.flatten(1, -2), self.token_weight, self.token_bias) + self.positions
         time = self.time(sinusoids(t * (1000.0 / self.num_steps), x.shape[-1]).to(x.dtype))
         tokens = [x, time.unsqueeze(1)]
