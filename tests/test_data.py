@@ -86,6 +86,12 @@ def test_folder_of_class_folders(tmp_path: Path) -> None:
     assert len(load_images(tmp_path, "test", 4)) == 1
 
 
+def test_the_other_split_is_no_class(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ("train/bag/a.png",))
+    with pytest.raises(ValueError, match="data: .*test holds no IDX files, or pictures"):
+        load_images(tmp_path, "test", 4)
+
+
 def test_pictures_are_cropped_to_the_middle(tmp_path: Path) -> None:
     picture = np.zeros((4, 12, 3), np.uint8)
     picture[:, 4:8] = 200
@@ -139,6 +145,16 @@ def array_file(folder: Path) -> Path:
     return folder / "a.npy"
 
 
+def half_a_picture(ending: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / f"a.{ending}"
+        Image.fromarray(GENERATOR.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return folder
+
+    return make
+
+
 def not_a_picture(folder: Path) -> Path:
     (folder / "a.png").write_text("hello")
     return folder
@@ -179,6 +195,7 @@ ERRORS: list[tuple[str, Callable[[Path], Path], str]] = [
     ("empty npz", damaged("b.npz", lambda b: b""), "b.npz is not an NPZ file"),
     ("an npy", array_file, "a.npy is not an NPZ file"),
     ("not a picture", not_a_picture, "a.png is not a readable picture"),
+    *((f"half a {ending}", half_a_picture(ending), f"a.{ending} is not a readable picture") for ending in ("png", "jpg", "bmp")),
     ("stray picture", lambda p: write_pictures(p, ("a/b.png", "c.png")), "pictures beside its class folders, for example c.png"),
 ]
 
@@ -197,5 +214,7 @@ def test_sizes_and_splits_are_named(tmp_path: Path) -> None:
         load_images(write_idx(tmp_path / "i"), image_size=8)
     with pytest.raises(ValueError, match="image_size: expected a size for the pictures in .*, got None"):
         load_images(write_pictures(tmp_path / "p", ("a.png",)))
+    with pytest.raises(ValueError, match="image_size: expected 1 <= image_size .*, got 0"):
+        load_images(tmp_path / "p", image_size=0)
     with pytest.raises(ValueError, match="split: expected 'train' or 'test', got 'val'"):
         load_images(tmp_path, "val")

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bldm_kernels import checks
+
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 # IDX files hold numbers only; these data sets are known by the name of their folder, or of the one above it.
 KNOWN_CLASSES = {
@@ -48,6 +50,8 @@ def load_images(path: str | Path, split: str = "train", image_size: int | None =
     path = Path(path)
     if split not in IDX_SPLITS:
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    if image_size is not None:
+        checks.integer("image_size", image_size, 1, 2**16)
     if not path.exists():
         raise FileNotFoundError(f"data: no file or folder {path}")
     if path.is_file():
@@ -133,7 +137,7 @@ def _load_npz(path: Path, split: str) -> ImageData:
 
 
 def _load_folder(path: Path, split: str, image_size: int | None) -> ImageData:
-    root = path / split if (path / split).is_dir() else path
+    root = path / split if any((path / name).is_dir() for name in IDX_SPLITS) else path
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in PICTURES)
     if not files:
         expected = "IDX files, or pictures (" + ", ".join(sorted(PICTURES)) + ")"
