@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import torch
 from bldm.cli import app
 from bldm.data import ImageData, load_images, to_float
+from bldm.losses import DiffusionLoss
+from bldm.training import denoiser as denoiser_training
 from bldm.training import loop
 from bldm.training.autoencoder import code_entropy, train_autoencoder
 from bldm.training.denoiser import encode_images, train_denoiser
@@ -169,6 +173,36 @@ def test_resume_names_a_checkpoint_that_does_not_fit(damage: str, autoencoder: P
         run_denoiser(tmp_path, autoencoder, resume=True)
 
 
+def test_a_save_that_fails_leaves_the_checkpoint_before(
+    autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_denoiser(tmp_path / "whole", autoencoder)
+    out, save = tmp_path / "parts", torch.save
+
+    def fill_the_disk(state: dict[str, Any], name: str) -> None:
+        save(state, name)
+        if state["step"] > 5:
+            os.truncate(name, os.path.getsize(name) // 2)
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="no space left"):
+        run_denoiser(out, autoencoder)
+    monkeypatch.undo()
+    assert [path.name for path in out.iterdir()] == ["checkpoint.pt"]
+    assert torch.load(out / "checkpoint.pt")["step"] == 5
+    assert equal(whole, run_denoiser(out, autoencoder, resume=True))
+
+
+def test_a_run_stopped_by_the_clock_goes_on(autoencoder: Path, tmp_path: Path) -> None:
+    whole = run_denoiser(tmp_path / "whole", autoencoder)
+    stopped = run_denoiser(tmp_path / "parts", autoencoder, max_minutes=1e-6)
+    assert json.loads((tmp_path / "parts" / "train.json").read_text())["steps_done"] == 10
+    assert equal(stopped, bldm.BinaryLatentDiffusion.from_pretrained(tmp_path / "parts"))  # what there is by then is saved
+    assert not equal(whole, stopped)
+    assert equal(whole, run_denoiser(tmp_path / "parts", autoencoder, resume=True))
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 def fit(out: Path, objective: Callable[..., dict[str, Tensor]] | None = None, **changes: Any) -> tuple[nn.Module, nn.Module]:
     """Train the weight of a 1 x 1 linear layer towards 3; returns (the model, the average)."""
@@ -219,6 +253,80 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="loss: nan at or before step 49"):
         fit(tmp_path, explode, steps=100, save_every=100)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    def explode(trained: nn.Module, rows: Tensor, step: int) -> dict[str, Tensor]:
+        return {"loss": trained(torch.ones(1, 1)).sum() * (float("nan") if step == 11 else 1.0)}
+
+    with pytest.raises(FloatingPointError, match="loss: nan at or before step 14"):
+        fit(tmp_path, explode, steps=100, save_every=5)
+    state = torch.load(tmp_path / "checkpoint.pt")
+    assert state["step"] == 10 and bool(state["model"]["weight"].isfinite())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_of_labels_left_out(share: float, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    class Watched(DiffusionLoss):
+        def __call__(self, *args: Any, label: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+            assert label is not None
+            seen.append(label)
+            return super().__call__(*args, label=label, **kwargs)
+
+    monkeypatch.setattr(denoiser_training, "DiffusionLoss", Watched)
+    training = options(batch_size=64)
+    train_denoiser(autoencoder, DENOISER, pictures(64), training, tmp_path, num_steps=16, label_dropout=share)
+    labels = torch.cat(seen)
+    assert labels.shape == (20 * 64,) and set(labels.tolist()) <= {0, 1, 2}
+    assert abs(float((labels == 2).float().mean()) - share) <= 4 * (share * (1 - share) / len(labels)) ** 0.5
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+import bldm, torch
+from bldm.training import loop
+from bldm.training.denoiser import train_denoiser
+from test_training import DENOISER, options, pictures
+
+rank, out, save = int(os.environ["RANK"]), Path(sys.argv[2]), loop._save
+rows, call = [], loop.Batches.__call__
+torch.set_num_threads(1)
+torch.manual_seed(100 + rank)
+
+def watched(self, step):
+    rows.append(call(self, step))
+    return rows[-1]
+
+def saved(path, step, *rest):
+    save(path, step, *rest)
+    print("saved by", rank, "at", step, flush=True)
+
+loop.Batches.__call__, loop._save = watched, saved
+# Seven latents for two times four: one process has less to do. And the clock stops only one of them by itself.
+late = options(max_minutes=1e-6 if rank else 100.0, save_every=100)
+model = train_denoiser(Path(sys.argv[1]), DENOISER, pictures(7), late, out, num_steps=16)
+torch.save({"model": model.state_dict(), "rows": rows}, out / f"rank{rank}.pt")
+"""
+
+
+def test_two_processes_train_one_model(autoencoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    paths = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
+    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "job.py"]
+    done = subprocess.run(
+        [*command, str(autoencoder), str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("saved")] == ["saved by 0 at 10"]
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert len(one["rows"]) == len(other["rows"]) == 10
+    assert bldm.BinaryLatentDiffusion.from_pretrained(tmp_path).denoiser.num_classes == 2
+    assert json.loads((tmp_path / "train.json").read_text())["processes"] == 2
 
 
 def test_mixed_precision_and_compile(autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def train(
             torch.manual_seed(((options.seed + 1) * 1_000_000_007 + step * accel.num_processes + accel.process_index) % 2**63)
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * learning_rate_factor(step, options.warmup, options.steps)
-            rows = batches(step).chunk(accel.num_processes)[accel.process_index].to(accel.device)
+            rows = batches(step).tensor_split(accel.num_processes)[accel.process_index].to(accel.device)
             with torch.autocast(accel.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
                 losses = objective(trained, rows, step)
             optimizer.zero_grad(set_to_none=True)
@@ -134,7 +134,8 @@ def train(
             seconds = time.perf_counter() - start
             late = done % 10 == 0 and options.max_minutes is not None and _any(seconds > 60 * options.max_minutes, accel)
             end = late or done == options.steps
-            if done % REPORT_EVERY == 0 or step == first or end:
+            save = end or done % options.save_every == 0
+            if save or done % REPORT_EVERY == 0 or step == first:  # before saving: what is saved is finite
                 values = means.read(step)
                 rate = (done - first) * batches.batch_size / seconds
                 shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -143,7 +144,7 @@ def train(
                     for name, value in values.items():
                         writer.add_scalar(name, value, step)
             progress.update(task, completed=done)
-            if accel.is_main_process and (done % options.save_every == 0 or end):
+            if save and accel.is_main_process:
                 _save(out / CHECKPOINT, done, minutes + seconds / 60, model, ema, optimizer)
             if late:
                 break
