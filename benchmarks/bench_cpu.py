@@ -8,9 +8,9 @@
 from collections.abc import Callable
 
 import numpy as np
-import plain
 import pytest
 import torch
+from bldm.bench import plain
 
 import bldm_kernels as bk
 

@@ -1,0 +1,129 @@
+"""Draws result files of `bldm bench --out`: speed against size, and the fraction of the copy bandwidth.
+
+python benchmarks/plot.py benchmarks/results/nvidia-h200.csv        (writes docs/images/nvidia-h200-{speed,wall}.png)
+"""
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+COLOURS = {
+    "eager": "#9a9a9a",
+    "matmul": "#5f5f5f",
+    "compile": "#d9a441",
+    "triton": "#3b7dd8",
+    "cuda": "#2f9e5b",
+    "cpu": "#8e5bb5",
+}
+Row = dict[str, str]
+
+
+def kind(row: Row) -> str:
+    """What is compared over sizes: the op and its configuration without the size, which comes first."""
+    words = row["config"].split()
+    if row["op"] == "hamming_topk":
+        return f"hamming_topk, {words[0]} quer{'y' if words[0] == '1' else 'ies'}"
+    return " ".join([row["op"], *words[1:]])
+
+
+def unit(row: Row) -> str:
+    return f"{row['device']}, torch {row['torch']}, {row['date']}, {row['commit']}"
+
+
+def grid(count: int, width: float, height: float, columns: int = 4):  # noqa: ANN201
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def legend(figure, rows: list[Row]) -> None:  # noqa: ANN001
+    here = {row["provider"] for row in rows}
+    shown = [name for name in COLOURS if name in here]
+    handles = [plt.Line2D([], [], color=COLOURS[name], marker="o", linewidth=2) for name in shown]
+    figure.legend(handles, shown, loc="outside upper center", ncols=len(shown), frameon=False)
+    figure.supxlabel(unit(rows[0]), fontsize=8, color="#666666")
+
+
+def draw_speed(rows: list[Row], path: Path) -> None:
+    """Billions of bits a second against bits, both logarithmic; the bar is p20 to p80."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[kind(row)].append(row)
+    figure, axes = grid(len(groups), 3.1, 2.5)
+    for axis, (name, group) in zip(axes, groups.items(), strict=True):
+        for provider, colour in COLOURS.items():
+            mine = sorted((row for row in group if row["provider"] == provider), key=lambda row: int(row["bits"]))
+            bits = [int(row["bits"]) for row in mine]
+            p20, p50, p80 = ([int(row["bits"]) / float(row[p]) / 1e6 for row in mine] for p in ("p20", "p50", "p80"))
+            spread = [[m - low for m, low in zip(p50, p80, strict=True)], [high - m for m, high in zip(p50, p20, strict=True)]]
+            axis.errorbar(bits, p50, yerr=spread, color=colour, marker="o", markersize=4, linewidth=1.5)
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(True, color="#eeeeee")
+    figure.supylabel("billion bits a second")
+    legend(figure, rows)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_wall(rows: list[Row], path: Path) -> None:
+    """The fraction of the copy bandwidth of every provider, at the largest size of each op."""
+    largest: dict[str, list[Row]] = {}
+    for row in rows:
+        group = largest.setdefault(kind(row), [])
+        if group and group[0]["config"] != row["config"]:
+            group.clear()  # rows come in order of size
+        group.append(row)
+    providers = [name for name in COLOURS if any(row["provider"] == name for group in largest.values() for row in group)]
+    figure, axis = plt.subplots(figsize=(9, 0.7 + 0.62 * len(largest)), layout="constrained")
+    height = 0.8 / len(providers)
+    for i, group in enumerate(largest.values()):
+        for row in group:
+            y = i + (providers.index(row["provider"]) - (len(providers) - 1) / 2) * height
+            fraction = 100 * float(row["fraction"])
+            axis.barh(y, fraction, height, color=COLOURS[row["provider"]])
+            label = f"{fraction:.0f}" if fraction >= 1 else f"{fraction:.1g}"
+            axis.annotate(label, (fraction, y), (3, 0), textcoords="offset points", va="center", fontsize=6)
+    axis.axvline(100, color="#999999", linewidth=1, linestyle=":")
+    names = [f"{name}\n{group[0]['config'].split()[0]}" for name, group in largest.items()]
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("fewest bytes the packed op must move / time, % of the copy bandwidth")
+    legend(figure, rows)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="CSV files")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="where the pictures go (default: docs/images)")
+    arguments = parser.parse_args()
+    arguments.images.mkdir(parents=True, exist_ok=True)
+    for path in arguments.results:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise SystemExit(f"{path}: no rows")
+        for name, draw in (("speed", draw_speed), ("wall", draw_wall)):
+            target = arguments.images / f"{path.stem}-{name}.png"
+            draw([row for row in rows if row["metric"] == "ms"], target)
+            print(target)
+
+
+if __name__ == "__main__":
+    main()
