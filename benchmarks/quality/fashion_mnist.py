@@ -9,8 +9,6 @@ and guidance), for reconstructions, and for real training images. Writes one JSO
 
 import datetime
 import json
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,16 +17,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from bldm import BinaryLatentDiffusion, bundled_model
+from bldm.bench.run import commit as current_commit
+from bldm.bench.run import device_name
 from bldm.checkpoint import write_atomically
 from bldm.data import load_images
 from classifier import evaluate, frechet_distance, train_classifier
 
 STEPS, RULES, GUIDANCE = (4, 8, 16, 32, 64), ("plugin", "marginal"), (1.0, 2.0)
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
 
 
 def plot(rows: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
@@ -67,6 +62,7 @@ def main(
     num_samples: Annotated[int, typer.Option(help="Samples for each figure")] = 10_000,
     epochs: Annotated[int, typer.Option(help="Epochs of the classifier")] = 20,
     batch_size: Annotated[int, typer.Option(help="Samples at once")] = 2500,
+    commit: Annotated[str | None, typer.Option(help="What the result calls the version [default: git's word]")] = None,
     out: Annotated[Path, typer.Option()] = Path("benchmarks/results/fashion_mnist_quality.json"),
     picture: Annotated[Path, typer.Option()] = Path("docs/images/fashion_mnist_quality.png"),
 ) -> None:
@@ -88,11 +84,11 @@ def main(
     decoded = torch.cat([loaded.decode(loaded.encode(x)) for x in test_images.split(1000)])
     decoded_predicted, decoded_features = evaluate(classifier, decoded)
     result: dict[str, Any] = {
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
+        "machine": device_name(device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
+        "commit": commit or current_commit(),
         "num_samples": num_samples,
         "classifier_test_accuracy": round(accuracy, 4),
         "real_training_images": {"frechet": round(frechet_distance(evaluate(classifier, training)[1], real), 4)},
