@@ -50,6 +50,15 @@ def cpu_backend() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_report_header() -> list[str]:
     lines = [f"{b.name}: {b.unavailable or b.details or 'available'}" for b in bk.backends().values()]
     return [f"bldm_kernels {bk.__version__}, torch {torch.__version__}", *lines]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import bldm_kernels as bk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, BITS = 12, 13
 SCHEDULE = bk.BernoulliSchedule("cosine", STEPS)
 SHAPE = (7, BITS)

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import bldm_kernels as bk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG: dict[str, Any] = {"image_size": 8, "num_bits": 8, "base_channels": 8, "channel_multipliers": (1, 1)}
 DENOISER: dict[str, Any] = {"width": 16, "depth": 1, "num_heads": 2, "dropout": 0.2}
 
@@ -41,15 +42,6 @@ def pictures(count: int = 16) -> ImageData:
 
 def options(**changes: Any) -> TrainOptions:
     return TrainOptions(**{"steps": 20, "batch_size": 4, "save_every": 5, "warmup": 2, "ema_decay": 0.9, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
