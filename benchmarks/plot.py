@@ -33,7 +33,7 @@ def kind(row: Row) -> str:
     return " ".join([row["op"], *words[1:]])
 
 
-def unit(row: Row) -> str:
+def source(row: Row) -> str:
     return f"{row['device']}, torch {row['torch']}, {row['date']}, {row['commit']}"
 
 
@@ -53,7 +53,7 @@ def legend(figure, rows: list[Row]) -> None:  # noqa: ANN001
     shown = [name for name in COLOURS if name in here]
     handles = [plt.Line2D([], [], color=COLOURS[name], marker="o", linewidth=2) for name in shown]
     figure.legend(handles, shown, loc="outside upper center", ncols=len(shown), frameon=False)
-    figure.supxlabel(unit(rows[0]), fontsize=8, color="#666666")
+    figure.supxlabel(source(rows[0]), fontsize=8, color="#666666")
 
 
 def draw_speed(rows: list[Row], path: Path) -> None:
@@ -61,6 +61,7 @@ def draw_speed(rows: list[Row], path: Path) -> None:
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[kind(row)].append(row)
+    groups = {name: group for name, group in groups.items() if len({row["bits"] for row in group}) > 1} or groups
     figure, axes = grid(len(groups), 3.1, 2.5)
     for axis, (name, group) in zip(axes, groups.items(), strict=True):
         for provider, colour in COLOURS.items():
@@ -73,7 +74,7 @@ def draw_speed(rows: list[Row], path: Path) -> None:
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(True, color="#eeeeee")
-    figure.supylabel("billion bits a second")
+    figure.supylabel("billion bits a second, against bits", fontsize=10)
     legend(figure, rows)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -87,10 +88,12 @@ def draw_wall(rows: list[Row], path: Path) -> None:
         if group and group[0]["config"] != row["config"]:
             group.clear()  # rows come in order of size
         group.append(row)
-    providers = [name for name in COLOURS if any(row["provider"] == name for group in largest.values() for row in group)]
-    figure, axis = plt.subplots(figsize=(9, 0.7 + 0.62 * len(largest)), layout="constrained")
+    groups = sorted(largest.values(), key=lambda group: group[0]["op"])
+    here = {row["provider"] for row in rows}
+    providers = [name for name in COLOURS if name in here]
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.6 * len(groups)), layout="constrained")
     height = 0.8 / len(providers)
-    for i, group in enumerate(largest.values()):
+    for i, group in enumerate(groups):
         for row in group:
             y = i + (providers.index(row["provider"]) - (len(providers) - 1) / 2) * height
             fraction = 100 * float(row["fraction"])
@@ -98,9 +101,9 @@ def draw_wall(rows: list[Row], path: Path) -> None:
             label = f"{fraction:.0f}" if fraction >= 1 else f"{fraction:.1g}"
             axis.annotate(label, (fraction, y), (3, 0), textcoords="offset points", va="center", fontsize=6)
     axis.axvline(100, color="#999999", linewidth=1, linestyle=":")
-    names = [f"{name}\n{group[0]['config'].split()[0]}" for name, group in largest.items()]
+    names = [f"{group[0]['op']}\n{group[0]['config']}" for group in groups]
     axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.4, -0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("fewest bytes the packed op must move / time, % of the copy bandwidth")
     legend(figure, rows)

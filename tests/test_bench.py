@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bldm.bench import OPS, Case, Report, Row, cases, run, write_csv
+from bldm.bench import OPS, Case, Report, Row, cases, run, timing, write_csv
 from bldm.bench.checks import WrongResult, close, exact, nearest, rate
 from bldm.bench.timing import Timer, Timing
 from bldm.cli import app
+from conftest import require_gpu
 from typer.testing import CliRunner
 
 import bldm_kernels as bk
@@ -38,6 +39,11 @@ TINY = [
     table.hamming_topk(3, 100, 50, sample_bytes=16),
     table.hamming_topk(1, 40, 40, sample_bytes=16),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 2**20)
 
 
 class CountingTimer(Timer):
@@ -126,6 +132,24 @@ def test_a_kernel_that_raises_does_not_stop_the_run(monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_on_a_gpu() -> None:
+    """Events, flushed caches and graphs; every backend of the device."""
+    require_gpu()
+    shape, dtype = (64, 16, 64), torch.bfloat16
+    chosen = [
+        table.pack_bits(shape, dtype),
+        table.flip_step(shape, dtype),
+        table.flip_step(shape, dtype, in_graph=True),
+        table.flip_loss(shape, dtype),
+        table.embed_bits(shape, 96, dtype),
+        table.hamming_topk(3, 100, 50),
+    ]
+    report = run(chosen, torch.device("cuda"), ("eager", "matmul", "triton", "cuda"), source="abc")
+    assert report.failures == [] and report.skipped == []
+    assert len(report.rows) == 3 * len(chosen) + 2
+    assert all(0 < row.p20 <= row.p50 <= row.p80 for row in report.rows)
+
+
 def test_a_wrong_opponent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bldm.bench.plain.add_noise", lambda x, kept: x)
     report = measure([table.add_noise((64, 16, 64))], "eager")
@@ -175,8 +199,8 @@ def test_checks() -> None:
 
 
 def test_timer() -> None:
-    timing = Timer(CPU, budget=0.01)(lambda: sum(range(1000)))
-    assert 0 < timing.p20 <= timing.p50 <= timing.p80
+    found = Timer(CPU, budget=0.01)(lambda: sum(range(1000)))
+    assert 0 < found.p20 <= found.p50 <= found.p80
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Timing(2.0, 3.5, 5.0)
 
 

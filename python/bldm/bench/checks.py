@@ -79,7 +79,7 @@ def nearest(queries: Tensor, database: Tensor, k: int) -> Check:
         exact(expected[1])(indices[:: max(1, len(queries) - 1)])
         if not bool(((indices >= 0) & (indices < len(database))).all()):
             raise WrongResult("indices outside the database")
-        ordered = (distances * len(database) + indices).diff(dim=1)
+        ordered = (distances.long() * len(database) + indices).diff(dim=1)
         if not bool((ordered > 0).all()):
             raise WrongResult("not in order of distance and index")
         with bk.use_backend("torch"):

@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import gc
 import os
 import platform
 import subprocess
@@ -124,8 +123,10 @@ def _opponent(opponent: Opponent, compiled: bool) -> Iterator[Callable[[], Any]]
     """The op in plain PyTorch, checked."""
     function = opponent.function
     if compiled:
-        from torch._dynamo.exc import BackendCompilerFailed  # here, because importing it takes seconds
+        import torch._inductor.config as inductor  # here, because importing it takes seconds
+        from torch._dynamo.exc import BackendCompilerFailed
 
+        inductor.compile_threads = 1  # else a pool of processes starts in the background, beside what is being timed
         torch._dynamo.reset()
         function = torch.compile(function, dynamic=False)
         try:
@@ -221,7 +222,6 @@ def _run_case(
             report.failures.append(f"{label}: {error}")
         except Exception as error:
             report.failures.append(f"{label}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        gc.collect()
         if timer.device.type == "cuda":
             torch.cuda.empty_cache()
 
