@@ -30,7 +30,7 @@ types: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m pytest benchmarks/bench_cpu.py --benchmark-json=benchmarks/results/cpu.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info bldm_kernels/_native*.so

@@ -1,6 +1,6 @@
 """CPU kernels against PyTorch and numpy, each checked before it is timed.
 
-    make bench        (or: python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json)
+    make bench        (or: python -m pytest benchmarks/bench_cpu.py --benchmark-json=benchmarks/results/cpu.json)
 
 1 M bits = 64 samples of 256 positions and 64 bits. `ns_per_bit` in the extra information is the median.
 """
