@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .canonical import as_flat, as_rows, broadcast_samples, coefficient_rows, num_bytes, result_dtype, split_at
 from .dispatch import select
 
 _library = torch.library.Library("bldm", "DEF")
@@ -40,37 +41,6 @@ def _define(name: str, arguments: str, run: Callable[..., None], allocate: Calla
         torch.library.register_fake(f"bldm::{name}_out", lambda *args, out: None, lib=_library)
 
 
-def num_bytes(num_bits: int) -> int:
-    return (num_bits + 7) // 8
-
-
-def _result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, ..., K) -> (B, R, K) contiguous."""
-    rows = 1
-    for size in x.shape[1:-1]:
-        rows *= size
-    return x.contiguous().view(x.shape[0], rows, x.shape[-1])
-
-
-def _split(x: Tensor, dim: int) -> tuple[Tensor, int, int]:
-    """Contiguous x with its shape seen as (outer, dim, inner): one pass over the tensor as it lies in memory."""
-    moved = x.movedim(dim, -1)
-    if moved.is_contiguous():
-        x, dim = moved, -1
-    x = x.contiguous()
-    dim = dim % x.dim()
-    outer = inner = 1
-    for size in x.shape[:dim]:
-        outer *= size
-    for size in x.shape[dim + 1 :]:
-        inner *= size
-    return x, outer, inner
-
-
 # --- packed bits -----------------------------------------------------------------------------------------------------
 def _packed_shape(x: Tensor, dim: int) -> list[int]:
     shape = list(x.shape)
@@ -84,7 +54,7 @@ def _allocate_pack_bits(x: Tensor, dim: int) -> Tensor:
 
 def _run_pack_bits(x: Tensor, dim: int, out: Tensor) -> None:
     channels = x.shape[dim]
-    x, outer, inner = _split(x, dim)
+    x, outer, inner = split_at(x, dim)
     if out.numel():
         kernel = select("pack_bits", out.device)
         kernel(x.view(outer, channels, inner), out.view(outer, inner, out.shape[-1]))
@@ -123,7 +93,7 @@ _define(
 
 def _run_random_bits(num_bits: int, seed: int, sample_offset: int, seed_tensor: Tensor | None, *, out: Tensor) -> None:
     if out.numel():
-        select("random_bits", out.device)(num_bits, seed, sample_offset, seed_tensor, _rows(out))
+        select("random_bits", out.device)(num_bits, seed, sample_offset, seed_tensor, as_rows(out))
 
 
 # A factory has no tensor to dispatch on: only the out form exists, the public function allocates.
@@ -136,15 +106,6 @@ torch.library.register_fake("bldm::random_bits_out", lambda *args, out: None, li
 
 
 # --- the Bernoulli diffusion step ------------------------------------------------------------------------------------
-def _coefficient_rows(coefficients: Tensor) -> Tensor:
-    return coefficients.contiguous().view(-1, 4)
-
-
-def _broadcast_samples(x: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask for every sample (B, ..., P) or one for all (..., P) -> (B or 1, R, P)."""
-    if x is None:
-        return None
-    return _rows(x if x.dim() == like.dim() else x.unsqueeze(0))
 
 
 def _run_flip_step(
@@ -170,9 +131,9 @@ def _run_flip_step(
         return
     kernel = select("flip_step", out.device, logits.dtype)
     kernel(
-        _rows(logits),
-        _rows(x_t),
-        _coefficient_rows(coefficients),
+        as_rows(logits),
+        as_rows(x_t),
+        coefficient_rows(coefficients),
         seed,
         step,
         sample_offset,
@@ -180,12 +141,12 @@ def _run_flip_step(
         step_tensor,
         temperature,
         x0_prediction,
-        None if uncond_logits is None else _rows(uncond_logits),
+        None if uncond_logits is None else as_rows(uncond_logits),
         guidance_scale,
-        _broadcast_samples(keep_mask, x_t),
-        _broadcast_samples(keep_bits, x_t),
+        broadcast_samples(keep_mask, x_t),
+        broadcast_samples(keep_bits, x_t),
         nonfinite,
-        _rows(out),
+        as_rows(out),
     )
 
 
@@ -220,7 +181,7 @@ torch.library.register_fake("bldm::flip_step_out", lambda *args, out: None, lib=
 def _allocate_flip_probability(
     logits: Tensor, x_t: Tensor, coefficients: Tensor, temperature: float, x0_prediction: bool
 ) -> Tensor:
-    return logits.new_empty(logits.shape, dtype=_result_dtype(logits))
+    return logits.new_empty(logits.shape, dtype=result_dtype(logits))
 
 
 def _run_flip_probability(
@@ -228,7 +189,7 @@ def _run_flip_probability(
 ) -> None:
     if out.numel():
         kernel = select("flip_probability", out.device, logits.dtype)
-        kernel(_rows(logits), _rows(x_t), _coefficient_rows(coefficients), temperature, x0_prediction, _rows(out))
+        kernel(as_rows(logits), as_rows(x_t), coefficient_rows(coefficients), temperature, x0_prediction, as_rows(out))
 
 
 _PROBABILITY_ARGUMENTS = "Tensor logits, Tensor x_t, Tensor coefficients, float temperature, bool x0_prediction"
@@ -246,8 +207,8 @@ def _run_flip_probability_backward(
 ) -> None:
     if out.numel():
         kernel = select("flip_probability_backward", out.device, logits.dtype)
-        rows = _coefficient_rows(coefficients)
-        kernel(_rows(grad), _rows(logits), _rows(x_t), rows, temperature, x0_prediction, _rows(out))
+        rows = coefficient_rows(coefficients)
+        kernel(as_rows(grad), as_rows(logits), as_rows(x_t), rows, temperature, x0_prediction, as_rows(out))
 
 
 def _allocate_like_logits(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
@@ -277,7 +238,7 @@ def _run_add_noise(
     if out.numel():
         kernel = select("add_noise", out.device)
         probability = flip_probability.contiguous().view(-1)
-        kernel(_rows(x_0), probability, num_bits, seed, step, sample_offset, seed_tensor, step_tensor, _rows(out))
+        kernel(as_rows(x_0), probability, num_bits, seed, step, sample_offset, seed_tensor, step_tensor, as_rows(out))
 
 
 _define(
@@ -304,7 +265,7 @@ def _run_binarize(
     """The kernel sees logits (B, O, C, I) and writes packed (B, O I, P): channels last is I = 1, (B, C, H, W) is O = 1."""
     if out.numel():
         batch, channels = logits.shape[0], logits.shape[dim]
-        logits, outer, inner = _split(logits, dim)
+        logits, outer, inner = split_at(logits, dim)
         kernel = select("binarize", out.device, logits.dtype)
         view = logits.view(batch, outer // batch, channels, inner)
         kernel(view, bernoulli, seed, step, sample_offset, seed_tensor, step_tensor, out.view(batch, -1, out.shape[-1]))
@@ -351,7 +312,7 @@ def _run_flip_loss(
 ) -> None:
     if logits.numel():
         kernel = select("flip_loss", out.device, logits.dtype)
-        kernel(_rows(logits), _rows(x_0), _rows(x_t), focal_gamma, balanced, x0_prediction, out)
+        kernel(as_rows(logits), as_rows(x_0), as_rows(x_t), focal_gamma, balanced, x0_prediction, out)
     else:
         out.zero_()
 
@@ -360,7 +321,7 @@ _define(
     "flip_loss",
     _LOSS_ARGUMENTS,
     _run_flip_loss,
-    lambda logits, *args: logits.new_empty(logits.shape[:1], dtype=_result_dtype(logits)),
+    lambda logits, *args: logits.new_empty(logits.shape[:1], dtype=result_dtype(logits)),
     out=False,
 )
 
@@ -377,8 +338,8 @@ def _run_flip_loss_backward(
 ) -> None:
     if out.numel():
         kernel = select("flip_loss_backward", out.device, logits.dtype)
-        rows = (_rows(logits), _rows(x_0), _rows(x_t))
-        kernel(grad.contiguous(), *rows, focal_gamma, balanced, x0_prediction, _rows(out))
+        rows = (as_rows(logits), as_rows(x_0), as_rows(x_t))
+        kernel(grad.contiguous(), *rows, focal_gamma, balanced, x0_prediction, as_rows(out))
 
 
 _define("flip_loss_backward", f"Tensor grad, {_LOSS_ARGUMENTS}", _run_flip_loss_backward, _allocate_like_logits, out=False)
@@ -420,13 +381,9 @@ _define(
 )
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.contiguous().view(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], 0)
-
-
 def _run_hamming_distance(a: Tensor, b: Tensor, out: Tensor) -> None:
     if a.numel():
-        select("hamming_distance", out.device)(_flat(a), _flat(b), out)
+        select("hamming_distance", out.device)(as_flat(a), as_flat(b), out)
     else:
         out.zero_()
 
@@ -442,7 +399,7 @@ _define(
 
 def _run_hamming_topk(queries: Tensor, database: Tensor, k: int, distances: Tensor, indices: Tensor) -> None:
     if distances.numel() and queries.numel():
-        select("hamming_topk", distances.device)(_flat(queries), _flat(database), k, distances, indices)
+        select("hamming_topk", distances.device)(as_flat(queries), as_flat(database), k, distances, indices)
     else:
         distances.zero_()
         indices.copy_(torch.arange(k, device=indices.device).expand_as(indices))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .._ops import num_bytes
+from ..canonical import num_bytes
 
 
 def embed_bits(
