@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -264,5 +265,7 @@ def test_command_names_what_is_wrong(option: str) -> None:
 
 def test_python_dash_m() -> None:
     assert importlib.util.find_spec("bldm.__main__")
-    done = subprocess.run([sys.executable, "-m", "bldm", "bench", "--help"], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # where pytest found the packages
+    command = [sys.executable, "-m", "bldm", "bench", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "bldm bench" in done.stdout
