@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .canonical import as_flat, as_rows, broadcast_samples, coefficient_rows, num_bytes, result_dtype, split_at
+from .canonical import as_flat, as_rows, broadcast_samples, coefficient_rows, num_bytes, outer_inner, result_dtype, split_at
 from .dispatch import select
 
 _library = torch.library.Library("bldm", "DEF")
@@ -72,12 +72,7 @@ def _allocate_unpack_bits(packed: Tensor, num_bits: int, dtype: torch.dtype, dim
 def _run_unpack_bits(packed: Tensor, num_bits: int, dtype: torch.dtype, dim: int, out: Tensor) -> None:
     if not out.numel():
         return
-    dim = dim % out.dim()
-    outer = inner = 1
-    for size in out.shape[:dim]:
-        outer *= size
-    for size in out.shape[dim + 1 :]:
-        inner *= size
+    outer, inner = outer_inner(out, dim)
     kernel = select("unpack_bits", out.device)
     kernel(packed.contiguous().view(outer, inner, packed.shape[-1]), out.view(outer, num_bits, inner))
 

@@ -20,19 +20,24 @@ def as_rows(x: Tensor) -> Tensor:
     return x.contiguous().view(x.shape[0], rows, x.shape[-1])
 
 
-def split_at(x: Tensor, dim: int) -> tuple[Tensor, int, int]:
-    """Contiguous x with its shape seen as (outer, dim, inner): one pass over the tensor as it lies in memory."""
-    moved = x.movedim(dim, -1)
-    if moved.is_contiguous():
-        x, dim = moved, -1
-    x = x.contiguous()
+def outer_inner(x: Tensor, dim: int) -> tuple[int, int]:
+    """Number of elements before and after a dimension."""
     dim = dim % x.dim()
     outer = inner = 1
     for size in x.shape[:dim]:
         outer *= size
     for size in x.shape[dim + 1 :]:
         inner *= size
-    return x, outer, inner
+    return outer, inner
+
+
+def split_at(x: Tensor, dim: int) -> tuple[Tensor, int, int]:
+    """Contiguous x with its shape seen as (outer, dim, inner): one pass over the tensor as it lies in memory."""
+    moved = x.movedim(dim, -1)
+    if moved.is_contiguous():
+        x, dim = moved, -1
+    x = x.contiguous()
+    return x, *outer_inner(x, dim)
 
 
 def coefficient_rows(coefficients: Tensor) -> Tensor:

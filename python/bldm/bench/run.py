@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import torch
 
 import bldm_kernels as bk
 
+from ..checkpoint import write_atomically
 from .cases import Case, Opponent, Problem
 from .checks import WrongResult, poison
 from .timing import Timer, copy_bandwidth
@@ -228,15 +228,12 @@ def _run_case(
 
 def write_csv(rows: list[Row], path: Path) -> None:
     """Write a result file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + f".{os.getpid()}.partial")
-    try:
-        with partial.open("w", newline="") as file:
+
+    def write(name: str) -> None:
+        with open(name, "w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
             writer.writeheader()
             for row in rows:
-                values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-                writer.writerow(values)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+    write_atomically(path, write)

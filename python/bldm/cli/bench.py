@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bench import OPS, PROVIDERS, SIZES, Row, cases, run, write_csv
-from .common import choose_device, console, one_line_errors, progress_bar
+from ..progress import progress_bar
+from .common import choose_device, console, one_line_errors
 
 
 def _chosen(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -56,7 +57,7 @@ def bench(
         raise ValueError(f"size: {size!r} is not one of {', '.join(SIZES)}")
     wanted, names = _chosen("ops", ops, OPS), _chosen("providers", providers, PROVIDERS)
     chosen = [case for case in cases(size, where) if wanted is None or case.op in wanted]
-    with progress_bar() as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("copy bandwidth", total=len(chosen))
         seen: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""What several commands share: errors as one line, the device, the progress bar."""
+"""What several commands share: errors as one line, the device, the model."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..bundled import bundled_model
 from ..diffusion import BinaryLatentDiffusion
@@ -43,14 +42,3 @@ def choose_device(name: str | None) -> torch.device:
 
 def load_model(path: Path | None, device: torch.device) -> BinaryLatentDiffusion:
     return BinaryLatentDiffusion.from_pretrained(path or bundled_model(), map_location=device)
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -10,8 +10,9 @@ import typer
 from ..diffusion import BinaryLatentDiffusion
 from ..grid import draw_grid, save_png
 from ..latents import PackedLatents
+from ..progress import progress_bar
 from ..sampler import StepInfo
-from .common import choose_device, console, load_model, one_line_errors, progress_bar
+from .common import choose_device, console, load_model, one_line_errors
 
 
 def _labels(model: BinaryLatentDiffusion, names: list[str], num_samples: int) -> torch.Tensor | None:
@@ -56,7 +57,7 @@ def sample(
     sampler = loaded.sampler(rule=rule)
     batches = -(-num_samples // batch_size)
     start = time.perf_counter()
-    with progress_bar() as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("sampling", total=batches * steps)
 
         def advance(info: StepInfo) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bldm_kernels import checks
 
 from ..checkpoint import write_atomically
+from ..progress import progress_bar
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "train.json"
 REPORT_EVERY = 50
@@ -113,7 +113,7 @@ def train(
     batches = Batches(num_items, options.batch_size * accel.num_processes, options.seed)
     writer = _writer(options.log_dir) if accel.is_main_process else None
     start, done, means = time.perf_counter(), first, Means()
-    with _progress(Console(quiet=not accel.is_main_process)) as progress:
+    with progress_bar(Console(quiet=not accel.is_main_process)) as progress:
         task = progress.add_task("training", total=options.steps, completed=first)
         for step in range(first, options.steps):
             torch.manual_seed(((options.seed + 1) * 1_000_000_007 + step * accel.num_processes + accel.process_index) % 2**63)
@@ -203,11 +203,6 @@ def write_summary(
     }
     text = json.dumps(summary, indent=1) + "\n"
     write_atomically(out / SUMMARY, lambda name: Path(name).write_text(text))
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
 
 
 def _writer(log_dir: str | None) -> Any:
