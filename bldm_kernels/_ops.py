@@ -112,10 +112,12 @@ def _run_flip_step(
     sample_offset: int,
     seed_tensor: Tensor | None,
     step_tensor: Tensor | None,
+    offset_tensor: Tensor | None,
     temperature: float,
     x0_prediction: bool,
     uncond_logits: Tensor | None,
     guidance_scale: float,
+    guidance_tensor: Tensor | None,
     keep_mask: Tensor | None,
     keep_bits: Tensor | None,
     nonfinite: Tensor | None,
@@ -134,10 +136,12 @@ def _run_flip_step(
         sample_offset,
         seed_tensor,
         step_tensor,
+        offset_tensor,
         temperature,
         x0_prediction,
         None if uncond_logits is None else as_rows(uncond_logits),
         guidance_scale,
+        guidance_tensor,
         broadcast_samples(keep_mask, x_t),
         broadcast_samples(keep_bits, x_t),
         nonfinite,
@@ -146,8 +150,9 @@ def _run_flip_step(
 
 
 _STEP_ARGUMENTS = (
-    f"Tensor logits, Tensor x_t, Tensor coefficients, {_RANDOM}, float temperature, bool x0_prediction, "
-    "Tensor? uncond_logits, float guidance_scale, Tensor? keep_mask, Tensor? keep_bits"
+    f"Tensor logits, Tensor x_t, Tensor coefficients, {_RANDOM}, Tensor? offset_tensor, float temperature, "
+    "bool x0_prediction, Tensor? uncond_logits, float guidance_scale, Tensor? guidance_tensor, Tensor? keep_mask, "
+    "Tensor? keep_bits"
 )
 # The counter of non-finite logits is written too, so both forms of the op say so in their schema.
 _library.define(f"flip_step({_STEP_ARGUMENTS}, Tensor(b!)? nonfinite) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

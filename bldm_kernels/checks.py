@@ -95,8 +95,8 @@ def dimension(name: str, value: Any, num_dims: int) -> int:
     return integer(name, value, -num_dims, num_dims - 1) % num_dims
 
 
-def _device_integer(name: str, value: Tensor, like_name: str, like: Tensor) -> Tensor:
-    tensor(name, value, (torch.int64,))
+def _device_number(name: str, value: Tensor, dtype: torch.dtype, like_name: str, like: Tensor) -> Tensor:
+    tensor(name, value, (dtype,))
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
     same_device(name, value, like_name, like)
@@ -106,19 +106,31 @@ def _device_integer(name: str, value: Tensor, like_name: str, like: Tensor) -> T
 def seed(value: Any, like_name: str, like: Tensor) -> tuple[int, Tensor | None]:
     """A 64-bit seed as (int64 value, device tensor or None): the kernel takes the tensor if there is one."""
     if isinstance(value, Tensor):
-        return 0, _device_integer("seed", value, like_name, like)
+        return 0, _device_number("seed", value, torch.int64, like_name, like)
     value = integer("seed", value, -(2**63), 2**64 - 1)
     return value - 2**64 if value >= 2**63 else value, None
 
 
 def step(value: Any, like_name: str, like: Tensor) -> tuple[int, Tensor | None]:
     if isinstance(value, Tensor):
-        return 0, _device_integer("step", value, like_name, like)
+        return 0, _device_number("step", value, torch.int64, like_name, like)
     return integer("step", value, 0, MAX_STEP - 1), None
 
 
 def sample_offset(value: Any) -> int:
     return integer("sample_offset", value, 0, 2**62)
+
+
+def sample_offset_or_tensor(value: Any, like_name: str, like: Tensor) -> tuple[int, Tensor | None]:
+    if isinstance(value, Tensor):
+        return 0, _device_number("sample_offset", value, torch.int64, like_name, like)
+    return sample_offset(value), None
+
+
+def guidance_scale(value: Any, like_name: str, like: Tensor) -> tuple[float, Tensor | None]:
+    if isinstance(value, Tensor):
+        return 1.0, _device_number("guidance_scale", value, torch.float32, like_name, like)
+    return real("guidance_scale", value), None
 
 
 def out(value: Tensor | None, expected: Iterable[int], dtype: torch.dtype, like_name: str, like: Tensor) -> None:

@@ -53,7 +53,7 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Te
 
 
 def random_lanes(
-    num_samples: int, num_bytes: int, purpose: int, seed: Tensor, step: Tensor, sample_offset: int, device: torch.device
+    num_samples: int, num_bytes: int, purpose: int, seed: Tensor, step: Tensor, sample_offset: int | Tensor, device: torch.device
 ) -> Tensor:
     """(B, num_bytes, 8) int64: the eight 16-bit lanes of every packed byte's Philox block."""
     sample = (sample_offset + torch.arange(num_samples, device=device)).unsqueeze(1)
@@ -72,7 +72,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def bernoulli_bits(
-    numerator: Tensor, denominator: Tensor, num_bits: int, purpose: int, seed: Tensor, step: Tensor, sample_offset: int
+    numerator: Tensor, denominator: Tensor, num_bits: int, purpose: int, seed: Tensor, step: Tensor, sample_offset: int | Tensor
 ) -> Tensor:
     """(B, R, C) bool, True with probability numerator / denominator (each broadcast to (B, R, C))."""
     shape = torch.broadcast_shapes(numerator.shape, denominator.shape)
@@ -118,11 +118,11 @@ def _ratio(logits: Tensor, coefficients: Tensor, temperature: float) -> tuple[Te
     return fma(n0, e, n0 + n1), fma(d0, e, d0 + d1)
 
 
-def guided(logits: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+def guided(logits: Tensor, uncond: Tensor | None, guidance_scale: Tensor) -> Tensor:
     """l = l_u + s (l_c - l_u) on raw logits (Ho & Salimans 2022); s = 1 is plain conditional."""
     if uncond is None:
         return logits
-    return fma(torch.full_like(logits, guidance_scale), logits - uncond, uncond)
+    return fma(guidance_scale.to(logits.dtype).expand_as(logits), logits - uncond, uncond)
 
 
 def flip_step(
@@ -131,11 +131,11 @@ def flip_step(
     coefficients: Tensor,
     seed: Tensor,
     step: Tensor,
-    sample_offset: int,
+    sample_offset: int | Tensor,
     temperature: float,
     x0_prediction: bool,
     uncond_logits: Tensor | None,
-    guidance_scale: float,
+    guidance_scale: Tensor,
     keep_mask: Tensor | None,
     keep_bits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:

@@ -166,6 +166,9 @@ def _flip_step(m: _Maker) -> Inputs:
         inputs["temperature"] = m.option("temperature")
     if m.option("guidance"):
         inputs["uncond_logits"], inputs["guidance_scale"] = m.logits(), m.option("guidance")
+    if m.option("draw") == "tensors":
+        inputs["sample_offset"] = torch.tensor(FAR, device=m.device)
+        inputs["uncond_logits"], inputs["guidance_scale"] = m.logits(), torch.tensor([2.5], device=m.device)
     if m.option("mask"):
         shape = m.shape if m.option("mask") == "per_sample" else m.shape[1:]
         inputs["keep_mask"], inputs["keep_bits"] = m.bits(shape), m.bits(shape)

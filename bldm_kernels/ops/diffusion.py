@@ -36,11 +36,11 @@ def flip_step(
     *,
     seed: int | Tensor,
     step: int | Tensor,
-    sample_offset: int = 0,
+    sample_offset: int | Tensor = 0,
     temperature: float = 1.0,
     prediction: str = "flip",
     uncond_logits: Tensor | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
     keep_mask: Tensor | None = None,
     keep_bits: Tensor | None = None,
     nonfinite: Tensor | None = None,
@@ -58,11 +58,12 @@ def flip_step(
         coefficients: float32 (4,), or (B, 4) for one row a sample: see `BernoulliSchedule.coefficients`.
         seed, step: the draw (docs/random-stream.md): ints, or one-element int64 tensors on the device of `logits`, so that a
             captured graph is replayed with new ones. 0 <= step < 2^28.
-        sample_offset: index of the first sample of this batch.
+        sample_offset: index of the first sample of this batch; like `seed`, it may be a tensor.
         temperature: > 0.
         prediction: "flip" or "x_0".
         uncond_logits: logits without the condition, like `logits`.
-        guidance_scale: s; 1 is plain conditional (the reference's own guidance g is s = 1 + g).
+        guidance_scale: s; 1 is plain conditional (the reference's own guidance g is s = 1 + g). Or a one-element float32 tensor
+            on the device of `logits`.
         keep_mask, keep_bits: packed bits (B, ...) or for all samples: where the mask is 1 the result is `keep_bits`.
         nonfinite: int32 tensor of one element to which the number of non-finite logits is added, without a synchronisation.
             Without it, on a CPU, non-finite logits raise FloatingPointError; on a GPU they are not looked for.
@@ -77,13 +78,14 @@ def flip_step(
     _check_coefficients(coefficients, logits)
     checks.option("prediction", prediction, PREDICTIONS)
     temperature = checks.positive("temperature", temperature)
-    guidance_scale = checks.real("guidance_scale", guidance_scale)
+    guidance_value, guidance_tensor = checks.guidance_scale(guidance_scale, "logits", logits)
     if uncond_logits is not None:
         checks.tensor("uncond_logits", uncond_logits, (logits.dtype,))
         checks.shape("uncond_logits", uncond_logits, logits.shape, "like logits")
         checks.same_device("uncond_logits", uncond_logits, "logits", logits)
-    elif guidance_scale != 1.0:
-        raise ValueError(f"guidance_scale: {guidance_scale} needs uncond_logits, got None")
+    elif guidance_tensor is not None or guidance_value != 1.0:
+        scale = guidance_value if guidance_tensor is None else "a tensor"
+        raise ValueError(f"guidance_scale: {scale} needs uncond_logits, got None")
     if (keep_mask is None) != (keep_bits is None):
         missing = "keep_bits" if keep_bits is None else "keep_mask"
         raise ValueError(f"{missing}: expected together with {'keep_mask' if keep_bits is None else 'keep_bits'}, got None")
@@ -100,19 +102,22 @@ def flip_step(
     counter = torch.zeros(1, dtype=torch.int32) if raises else nonfinite
     seed_value, seed_tensor = checks.seed(seed, "logits", logits)
     step_value, step_tensor = checks.step(step, "logits", logits)
+    offset_value, offset_tensor = checks.sample_offset_or_tensor(sample_offset, "logits", logits)
     arguments = (
         logits,
         x_t,
         coefficients,
         seed_value,
         step_value,
-        checks.sample_offset(sample_offset),
+        offset_value,
         seed_tensor,
         step_tensor,
+        offset_tensor,
         temperature,
         prediction == "x_0",
         uncond_logits,
-        guidance_scale,
+        guidance_value,
+        guidance_tensor,
         keep_mask,
         keep_bits,
         counter,

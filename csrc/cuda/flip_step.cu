@@ -12,8 +12,9 @@ struct Arguments {
     const float* coefficients;
     int64_t coefficient_stride;
     Scalar seed, step;
-    uint64_t sample_offset;
+    Scalar sample_offset;
     float scale, guidance_scale;
+    const float* guidance_scale_pointer;
     const uint8_t* keep_mask;
     int64_t keep_mask_stride;
     const uint8_t* keep_bits;
@@ -60,10 +61,12 @@ __global__ void __launch_bounds__(kThreads, 4)
         const int64_t values_before = share.sample * a.sample_values, bytes_before = share.sample * a.grid.bytes;
         const Values<T, kVector, kGuided, kX0> values{pinned(logits + values_before),
                                                       kGuided ? pinned(uncond_logits + values_before) : nullptr,
-                                                      a.channels, a.scale, a.guidance_scale};
+                                                      a.channels, a.scale,
+                                                      a.guidance_scale_pointer ? *a.guidance_scale_pointer
+                                                                               : a.guidance_scale};
         const uint8_t* x_t = pinned(a.x_t + bytes_before);
         uint8_t* out = pinned(a.out + bytes_before);
-        const uint64_t sample = pinned(a.sample_offset + share.sample);
+        const uint64_t sample = pinned(uint64_t(a.sample_offset.get()) + share.sample);
         const auto finish = [&](uint32_t byte, const Position& at, uint32_t x, uint32_t flips) {
             if constexpr (!kVector) flips &= (1u << at.count) - 1;
             uint32_t x_s = x ^ flips;
@@ -119,8 +122,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels,
                const float* coefficients, int64_t coefficient_rows, int64_t seed, const int64_t* seed_pointer,
-               int64_t step, const int64_t* step_pointer, int64_t sample_offset, float scale, bool x0_prediction,
-               const void* uncond_logits, float guidance_scale, const uint8_t* keep_mask, int64_t keep_mask_samples,
+               int64_t step, const int64_t* step_pointer, int64_t sample_offset, const int64_t* sample_offset_pointer,
+               float scale, bool x0_prediction, const void* uncond_logits, float guidance_scale,
+               const float* guidance_scale_pointer, const uint8_t* keep_mask, int64_t keep_mask_samples,
                const uint8_t* keep_bits, int64_t keep_bits_samples, int32_t* nonfinite, uint8_t* out, int device,
                cudaStream_t stream) {
     const DeviceGuard guard(device);
@@ -134,9 +138,10 @@ void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t bat
                       stride(coefficient_rows, 4),
                       {seed, seed_pointer},
                       {step, step_pointer},
-                      uint64_t(sample_offset),
+                      {sample_offset, sample_offset_pointer},
                       scale,
                       guidance_scale,
+                      guidance_scale_pointer,
                       keep_mask,
                       stride(keep_mask_samples, bytes),
                       keep_bits,

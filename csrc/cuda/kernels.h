@@ -31,8 +31,9 @@ void random_bits(uint8_t* out, int64_t batch, int64_t rows, int64_t channels, in
 // keep_mask and keep_bits have keep_mask_samples and keep_bits_samples samples, 1 or B.
 void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels,
                const float* coefficients, int64_t coefficient_rows, int64_t seed, const int64_t* seed_pointer,
-               int64_t step, const int64_t* step_pointer, int64_t sample_offset, float scale, bool x0_prediction,
-               const void* uncond_logits, float guidance_scale, const uint8_t* keep_mask, int64_t keep_mask_samples,
+               int64_t step, const int64_t* step_pointer, int64_t sample_offset, const int64_t* sample_offset_pointer,
+               float scale, bool x0_prediction, const void* uncond_logits, float guidance_scale,
+               const float* guidance_scale_pointer, const uint8_t* keep_mask, int64_t keep_mask_samples,
                const uint8_t* keep_bits, int64_t keep_bits_samples, int32_t* nonfinite, uint8_t* out, int device,
                cudaStream_t stream);
 // flip_probability has `probabilities` elements, 1 or B.

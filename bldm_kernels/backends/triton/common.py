@@ -134,7 +134,7 @@ def store_rounded(pointers, values, mask):
 # --- the random stream -----------------------------------------------------------------------------------------------
 @triton.jit
 def value_or_load(value, pointer):
-    """A seed or step in int64: read from the device where there is a pointer."""
+    """A seed, step or sample offset in int64: read from the device where there is a pointer."""
     if pointer is None:
         return tl.cast(value, tl.int64)
     else:

@@ -40,6 +40,7 @@ def step_bits(
     step: tl.int64,
     step_tensor,
     sample_offset: tl.int64,
+    offset_tensor,
     num_samples,
     sample_bytes,
     row_bytes,
@@ -48,6 +49,7 @@ def step_bits(
     bits_stride,
     scale,
     guidance_scale,
+    guidance_tensor,
     X0_PREDICTION: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     WHOLE_BYTES: tl.constexpr,
@@ -63,7 +65,8 @@ def step_bits(
     mixed = tl.load(logits + offsets, valid, 0.0).to(tl.float32)
     if uncond_logits is not None:
         uncond = tl.load(uncond_logits + offsets, valid, 0.0).to(tl.float32)
-        mixed = fma(guidance_scale, mixed - uncond, uncond)
+        strength = guidance_scale if guidance_tensor is None else tl.load(guidance_tensor)
+        mixed = fma(strength, mixed - uncond, uncond)
     if nonfinite is not None:
         bad = ~(tl.abs(mixed) < float("inf"))
         if any_of(bad):
@@ -76,7 +79,8 @@ def step_bits(
     key, draw = value_or_load(seed, seed_tensor), value_or_load(step, step_tensor)
     # Sign and powers of two commute with rounding, so they go to the coefficients instead of to every bit.
     numerator, minus_unit = fma(n0, e, n0 + n1), fma(d0 * -(2.0**-16), e, (d0 + d1) * -(2.0**-16))
-    flips = bernoulli(numerator, minus_unit, FLIP_STEP, key, draw, sample + sample_offset, byte)
+    first_sample = value_or_load(sample_offset, offset_tensor)
+    flips = bernoulli(numerator, minus_unit, FLIP_STEP, key, draw, sample + first_sample, byte)
 
     x ^= mask_padding(flips, byte, row_bytes, num_bits, WHOLE_BYTES)
     if keep_mask is not None:
@@ -149,10 +153,12 @@ def flip_step(
     sample_offset: int,
     seed_tensor: Tensor | None,
     step_tensor: Tensor | None,
+    offset_tensor: Tensor | None,
     temperature: float,
     x0_prediction: bool,
     uncond_logits: Tensor | None,
     guidance_scale: float,
+    guidance_tensor: Tensor | None,
     keep_mask: Tensor | None,
     keep_bits: Tensor | None,
     nonfinite: Tensor | None,
@@ -176,6 +182,7 @@ def flip_step(
             step,
             step_tensor,
             sample_offset,
+            offset_tensor,
             num_samples,
             rows * row_bytes,
             row_bytes,
@@ -184,6 +191,7 @@ def flip_step(
             _sample_stride(keep_bits),
             exp2_scale(temperature),
             guidance_scale,
+            guidance_tensor,
             X0_PREDICTION=x0_prediction,
             PER_SAMPLE=coefficients.shape[0] > 1,
             WHOLE_BYTES=num_bits % 8 == 0,
