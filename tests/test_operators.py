@@ -37,8 +37,9 @@ def weight(gradient: bool = False) -> Tensor:
 
 
 def step_arguments(tensors: bool) -> tuple[Any, ...]:
-    draw = (0, 0, 1, torch.tensor([5]), torch.tensor([3])) if tensors else DRAW
-    options = (logits(), 2.0, bits(2), bits(3)) if tensors else (None, 1.0, None, None)
+    draw = (0, 0, 0, torch.tensor([5]), torch.tensor([3]), torch.tensor([1])) if tensors else (*DRAW, None)
+    guidance = (logits(), 1.0, torch.tensor([2.0])) if tensors else (None, 1.0, None)
+    options = (*guidance, *((bits(2), bits(3)) if tensors else (None, None)))
     return (logits(), bits(), coefficients(), *draw, 0.8, tensors, *options, torch.zeros(1, dtype=torch.int32))
 
 
