@@ -3,10 +3,11 @@
 Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors, and only `cuda` is skipped. Nothing else is ever
 skipped: a backend that should be here and is not is a failure. Two environment variables change that, both on purpose:
 
-    BLDM_TEST_ALLOW_MISSING=cpu,triton   these backends may be missing (skipped, with the reason)
+    BLDM_TEST_ALLOW_MISSING=cpu,triton   these backends, or packages of the test extra, may be missing (skipped, with the reason)
     BLDM_TEST_REQUIRE_GPU=1              a machine without a GPU is a failure, not a skip
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -32,6 +33,12 @@ def require_backend(name: str) -> None:
     reason = bk.backends()[name].unavailable
     if reason is not None:
         (pytest.skip if name in ALLOW_MISSING else pytest.fail)(f"backend {name!r} is not available: {reason}")
+
+
+def require_package(name: str) -> None:
+    """For the top of a test file: skip it if package `name` is missing and BLDM_TEST_ALLOW_MISSING names it."""
+    if name in ALLOW_MISSING and importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 @pytest.fixture(params=TARGETS, ids=str)
