@@ -18,6 +18,11 @@ AUTOENCODERS: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
     ({"image_size": 28, "num_bits": 13, "base_channels": 8}, (7, 7, 13)),
     ({"image_size": 12, "in_channels": 3, "num_bits": 8, "base_channels": 4, "channel_multipliers": (1, 3)}, (6, 6, 8)),
     ({"image_size": 8, "num_bits": 1, "base_channels": 36, "channel_multipliers": (4, 1), "attention": True}, (4, 4, 1)),
+    ({"image_size": 8, "num_bits": 5, "base_channels": 32, "channel_multipliers": (1, 2), "decoder_res_blocks": 2}, (4, 4, 5)),
+    (
+        {"image_size": 12, "base_channels": 32, "architecture": "taming", "attention_levels": [1], "decoder_res_blocks": 2},
+        (3, 3, 32),
+    ),
     ({"image_size": 5, "num_bits": 24, "base_channels": 8, "channel_multipliers": (2,), "num_res_blocks": 2}, (5, 5, 24)),
 ]
 
@@ -191,6 +196,8 @@ def test_checkpoints_hold_the_whole_model(make: Callable[[], Any], tmp_path: Pat
 
 
 X, T = bk.random_bits(2, (4, 8), seed=0), torch.tensor([1, 2])
+TEXT = bldm.BinaryDenoiser(4, 8, width=8, depth=1, num_heads=2, text_width=5)
+CROSS = bldm.BinaryDenoiser(4, 8, width=8, depth=1, num_heads=2, text_width=5, cross_attention=True)
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: bldm.BinaryAutoencoder(image_size=30), ValueError, "image_size: expected a multiple of 4 for 3 levels, got 30"),
     (lambda: bldm.BinaryAutoencoder(image_size=0), ValueError, "image_size: expected 1 <= image_size .*, got 0"),
@@ -201,6 +208,29 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: bldm.BinaryAutoencoder(channel_multipliers=(1, 0)), ValueError, r"channel_multipliers: expected .*, got \[1, 0\]"),
     (lambda: bldm.BinaryAutoencoder(num_res_blocks=0), ValueError, "num_res_blocks: expected 1 <= num_res_blocks"),
     (lambda: bldm.BinaryAutoencoder(mode="soft"), ValueError, "mode: expected one of 'bernoulli', 'threshold', got 'soft'"),
+    (
+        lambda: bldm.BinaryAutoencoder(architecture="unet"),
+        ValueError,
+        "architecture: expected one of 'plain', 'taming', got 'unet'",
+    ),
+    (lambda: bldm.BinaryAutoencoder(decoder_res_blocks=0), ValueError, "decoder_res_blocks: expected 1 <= decoder_res_blocks"),
+    (lambda: bldm.BinaryAutoencoder(norm_first=True), ValueError, "norm_first: only architecture 'taming' takes it, got True"),
+    (lambda: bldm.BinaryAutoencoder(attention_levels=[1]), ValueError, r"attention_levels: only .* 'taming' takes it, got \[1\]"),
+    (
+        lambda: bldm.BinaryAutoencoder(architecture="taming", attention_levels=[3]),
+        ValueError,
+        "attention_levels: expected 0 <= attention_levels <= 2, got 3",
+    ),
+    (
+        lambda: bldm.BinaryAutoencoder(architecture="taming", base_channels=48),
+        ValueError,
+        "base_channels: expected a multiple of 32 for architecture 'taming', got 48",
+    ),
+    (
+        lambda: bldm.BinaryAutoencoder(architecture="taming", embedding_width=33),
+        ValueError,
+        "embedding_width: expected a multiple of 32 for architecture 'taming', got 33",
+    ),
     (lambda: tiny_autoencoder().encode(torch.zeros(2, 1, 32, 32)), ValueError, r"images: expected shape \(B, 1, 28, 28\), got"),
     (lambda: tiny_autoencoder().encode(torch.zeros(2, 1, 28, 28).byte()), TypeError, "images: expected dtype .*, got uint8"),
     (lambda: tiny_autoencoder()(torch.zeros(2, 1, 28, 24)), ValueError, r"images: expected .*, got \(2, 1, 28, 24\)"),
@@ -215,6 +245,13 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: bldm.BinaryDenoiser(4, 8, depth=0), ValueError, "depth: expected 1 <= depth .*, got 0"),
     (lambda: bldm.BinaryDenoiser(4, 8, num_classes=0), ValueError, "num_classes: expected 1 <= num_classes .*, got 0"),
     (lambda: bldm.BinaryDenoiser(4, 8, dropout=1), ValueError, "dropout: expected 0 <= dropout < 1, got 1"),
+    (lambda: bldm.BinaryDenoiser(4, 8, text_width=0), ValueError, "text_width: expected 1 <= text_width .*, got 0"),
+    (lambda: bldm.BinaryDenoiser(4, 8, num_classes=2, text_width=3), ValueError, "num_classes, text_width: .*, got 2 and 3"),
+    (lambda: bldm.BinaryDenoiser(4, 8, cross_attention=True), ValueError, "cross_attention: needs a text_width, got None"),
+    (lambda: bldm.BinaryDenoiser(4, 8, time_embedding="t"), ValueError, "time_embedding: expected one of 'share', 'reference'"),
+    (lambda: TEXT(X, T, T), TypeError, "label: expected dtype float32.*, got int64"),
+    (lambda: TEXT(X, T, torch.zeros(2, 3)), ValueError, r"label: expected shape \(2, 5\) \(text features, one a sample\)"),
+    (lambda: CROSS(X, T, torch.zeros(2, 5)), ValueError, r"label: expected shape \(2, 5, 5\) \(text features, one a sample\)"),
     (lambda: tiny_denoiser()(bk.random_bits(2, (5, 8), seed=0), T), ValueError, "x_t: expected 4 positions a sample, got shape"),
     (lambda: tiny_denoiser()(bk.random_bits(2, (1, 8), seed=0), T), ValueError, "x_t: expected 4 positions a sample, got shape"),
     (lambda: tiny_denoiser()(torch.zeros(2, 4, 1), T), TypeError, "x_t: expected dtype uint8, got float32"),

@@ -1,53 +1,14 @@
 """BinaryAutoencoder: images to a grid of bits and back (Wang et al. 2023, section 3.1)."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import bldm_kernels as bk
 
 from .checkpoint import PretrainedModel
-
-
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.norm1, self.conv1 = norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class Attention(nn.Module):
-    """Single-head attention over the positions of the grid."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm, self.qkv, self.out = norm(channels), nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.out(h.transpose(1, 2).reshape(x.shape))
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+from .convnets import plain_decoder, plain_encoder, taming_decoder, taming_encoder
 
 
 class BinaryAutoencoder(nn.Module, PretrainedModel):
@@ -60,8 +21,14 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
         base_channels: width of the first level (divisible by 4).
         channel_multipliers: width of each level relative to it; every level after the first halves the grid.
         num_res_blocks: residual blocks a level.
-        attention: attention at the lowest resolution.
+        attention: attention at the lowest resolution (plain architecture; the other one always has it).
         mode: bits in training: "bernoulli" draws them from sigmoid(logits), "threshold" takes logits > 0.
+        architecture: "plain", or "taming": the encoder and decoder of VQGAN (Esser et al. 2021), as in the paper's own code.
+        decoder_res_blocks: residual blocks a level of the decoder (default: as in the encoder).
+        signed: bits are embedded as -1 and 1, else as 0 and 1.
+        attention_levels: taming: levels (0 is the full resolution) with attention after every residual block.
+        embedding_width: taming: channels of an embedded bit grid (default: those of the last level).
+        norm_first: taming: the decoder begins with a GroupNorm.
 
     Attributes: `latent_shape` (h, w, C).
     """
@@ -76,13 +43,22 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
         num_res_blocks: int = 1,
         attention: bool = False,
         mode: str = "bernoulli",
+        architecture: str = "plain",
+        decoder_res_blocks: int | None = None,
+        signed: bool = True,
+        attention_levels: Sequence[int] = (),
+        embedding_width: int | None = None,
+        norm_first: bool = False,
     ):
         super().__init__()
         bk.checks.integer("image_size", image_size, 1, 2**16)
         bk.checks.integer("in_channels", in_channels, 1, 2**16)
         bk.checks.integer("num_bits", num_bits, 1, 2**16)
         bk.checks.integer("num_res_blocks", num_res_blocks, 1, 2**10)
+        decoder_res_blocks = num_res_blocks if decoder_res_blocks is None else decoder_res_blocks
+        bk.checks.integer("decoder_res_blocks", decoder_res_blocks, 1, 2**10)
         bk.checks.option("mode", mode, ("bernoulli", "threshold"))
+        bk.checks.option("architecture", architecture, ("plain", "taming"))
         if bk.checks.integer("base_channels", base_channels, 4, 2**16) % 4:
             raise ValueError(f"base_channels: expected a multiple of 4, got {base_channels}")
         if not channel_multipliers or any(bk.checks.integer("channel_multipliers", m, 0, 2**10) < 1 for m in channel_multipliers):
@@ -92,28 +68,26 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
             raise ValueError(
                 f"image_size: expected a multiple of {scale} for {len(channel_multipliers)} levels, got {image_size}"
             )
-        self.image_size, self.in_channels, self.mode = image_size, in_channels, mode
+        self.image_size, self.in_channels, self.mode, self.signed = image_size, in_channels, mode, signed
         self.latent_shape = (image_size // scale, image_size // scale, num_bits)
         widths = [base_channels * m for m in channel_multipliers]
-
-        encoder: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
-        for level, width in enumerate(widths):
-            if level:
-                encoder.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
-            encoder += [ResidualBlock(width, width) for _ in range(num_res_blocks)]
-        middle = [ResidualBlock(widths[-1], widths[-1]), *([Attention(widths[-1])] if attention else [])]
-        self.encoder = nn.Sequential(*encoder, *middle, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], num_bits, 1))
-
-        self.embedding = nn.Parameter(torch.randn(num_bits, widths[-1]) * num_bits**-0.5)
-        decoder: list[nn.Module] = [ResidualBlock(widths[-1], widths[-1])]
-        if attention:
-            decoder.append(Attention(widths[-1]))
-        for level in reversed(range(len(widths))):
-            above = widths[min(level + 1, len(widths) - 1)]
-            decoder += [ResidualBlock(above if i == 0 else widths[level], widths[level]) for i in range(num_res_blocks)]
-            if level:
-                decoder.append(Upsample(widths[level]))
-        self.decoder = nn.Sequential(*decoder, norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], in_channels, 3, padding=1))
+        if architecture == "plain":
+            others = {"attention_levels": attention_levels, "embedding_width": embedding_width, "norm_first": norm_first}
+            for name, given in others.items():
+                if given:
+                    raise ValueError(f"{name}: only architecture 'taming' takes it, got {given!r} with 'plain'")
+            self.encoder = plain_encoder(in_channels, widths, num_bits, num_res_blocks, attention)
+            self.embedding = nn.Parameter(torch.randn(num_bits, widths[-1]) * num_bits**-0.5)
+            self.decoder = plain_decoder(in_channels, widths, decoder_res_blocks, attention)
+            return
+        embedding_width = widths[-1] if embedding_width is None else embedding_width
+        levels = [bk.checks.integer("attention_levels", level, 0, len(widths) - 1) for level in attention_levels]
+        for name, width in (("base_channels", base_channels), ("embedding_width", embedding_width)):
+            if bk.checks.integer(name, width, 32, 2**16) % 32:
+                raise ValueError(f"{name}: expected a multiple of 32 for architecture 'taming', got {width}")
+        self.encoder = taming_encoder(in_channels, base_channels, widths, embedding_width, num_bits, num_res_blocks, levels)
+        self.embedding = nn.Parameter(torch.randn(num_bits, embedding_width) * num_bits**-0.5)
+        self.decoder = taming_decoder(in_channels, widths, embedding_width, decoder_res_blocks, levels, norm_first)
 
     def encode_logits(self, images: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, C, h, w) of each bit being 1."""
@@ -135,12 +109,12 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
         bk.checks.shape(
             "packed", packed, (len(packed), height, width, (num_bits + 7) // 8), f"latents of {self.latent_shape} bits"
         )
-        return self.decoder(bk.embed_bits(packed, self.embedding).permute(0, 3, 1, 2))
+        return self.decoder(bk.embed_bits(packed, self.embedding, signed=self.signed).permute(0, 3, 1, 2))
 
     def forward(self, images: Tensor, *, seed: int | Tensor = 0, step: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """(reconstruction, logits) for training: the gradient passes straight through the bits."""
         logits = self.encode_logits(images)
         draw = {"seed": seed, "step": step} if self.mode == "bernoulli" else {}
         bits = bk.binarize_straight_through(logits, mode=self.mode, dim=1, **draw)  # type: ignore[arg-type]
-        embedded = torch.einsum("bchw,cd->bdhw", 2 * bits - 1, self.embedding)
+        embedded = torch.einsum("bchw,cd->bdhw", 2 * bits - 1 if self.signed else bits, self.embedding)
         return self.decoder(embedded), logits

@@ -1,6 +1,7 @@
 """BinaryDenoiser: a transformer that says of every bit how likely it is to be wrong (Wang et al. 2023, section 3.3)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,23 @@ def sinusoids(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def reference_time(t: Tensor, num_steps: int, width: int) -> Tensor:
+    """Sinusoids of 4000 (t - 1) / T, in the order of operations of the paper's code.
+
+    The order matters: at such angles the last bit of a frequency is 1e-4 of an angle.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * -(math.log(10_000) / (half - 1)))
+    angles = ((t - 1) / num_steps * 4000.0).unsqueeze(-1) * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+TIME_EMBEDDINGS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "share": lambda t, num_steps, width: sinusoids(t * (1000.0 / num_steps), width),
+    "reference": reference_time,
+}
+
+
 def grid_sinusoids(num_positions: int, width: int) -> Tensor:
     """(N, width): row and column of every position of a square grid, half the width each; a line if N is no square."""
     side = math.isqrt(num_positions)
@@ -28,34 +46,70 @@ def grid_sinusoids(num_positions: int, width: int) -> Tensor:
     return torch.cat([sinusoids(place // side, width // 2), sinusoids(place % side, width // 2)], dim=-1)
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each scaled by a learned vector (LayerScale)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, tokens, heads, dim) each -> (B, tokens, heads * dim); mask bool (B, 1, 1, keys), False: this key is not there."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: int, dropout: float):
+
+class CrossAttention(nn.Module):
+    """From latents to text (B, L, text_width); without text, to one learned token."""
+
+    def __init__(self, width: int, text_width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.kv, self.proj = nn.Linear(width, width), nn.Linear(text_width, 2 * width), nn.Linear(width, width)
+        self.null = nn.Parameter(torch.randn(text_width) * 0.01)
+
+    def forward(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        keys = self.null.expand(len(x), 1, -1)
+        if text is not None:
+            keys = torch.cat([keys, text], dim=1)
+        k, v = self.kv(keys).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.proj(attend(self.query(x).unflatten(-1, (self.num_heads, -1)), k, v, mask))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each scaled by a learned vector (LayerScale); cross attention to text between them, if any."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: int, dropout: float, text_width: int | None = None):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-5), nn.LayerNorm(width, eps=1e-5)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
         self.gamma1, self.gamma2 = nn.Parameter(torch.full((width,), 0.1)), nn.Parameter(torch.full((width,), 0.1))
+        self.cross = None
+        if text_width is not None:
+            self.norm_cross, self.gamma_cross = nn.LayerNorm(width, eps=1e-5), nn.Parameter(torch.full((width,), 0.1))
+            self.cross = CrossAttention(width, text_width, num_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x = x + self.gamma1 * F.dropout(self.proj(h), self.dropout, self.training)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        x = x + self.gamma1 * F.dropout(self.proj(attend(q, k, v, mask)), self.dropout, self.training)
+        if self.cross is not None:
+            h = self.cross(self.norm_cross(x), text, text_mask)
+            x = x + self.gamma_cross * F.dropout(h, self.dropout, self.training)
         return x + self.gamma2 * F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
 
 class BinaryDenoiser(nn.Module, PretrainedModel):
-    """Transformer over the positions of a binary latent; the time and class tokens stand after them.
+    """Transformer over the positions of a binary latent; the time and condition tokens stand after them.
 
     Args:
         num_positions: N, positions of a latent; their learned embedding starts as sinusoids of a square grid.
         num_bits: C, bits at each position.
         width, depth, num_heads, mlp_ratio, dropout: of the transformer.
-        num_classes: number of classes, or None for an unconditional model.
-        num_steps: T of the schedule it is trained with; time is told as t / T, so skipping steps tells true times.
+        num_classes: number of classes, or None for a model without them.
+        num_steps: T it is trained with; time is told as a share of it, so skipping steps tells true times.
+        time_embedding: "share": sinusoids of 1000 t / T; "reference": of 4000 (t - 1) / T, as the paper's code has it.
+        null_class: no class is a class of its own; else no class is no token, as in the paper's code.
+        text_width: channels of a text condition: a vector a sample, which becomes a token (no text is no token).
+        cross_attention: the text is a sequence instead, which every block attends to (no text is a learned token).
+
+    Attributes: `null_label`, the condition that means none: `num_classes`, or 0 (all zeros) for text.
     """
 
     def __init__(
@@ -69,24 +123,39 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
         num_steps: int = 256,
         mlp_ratio: int = 4,
         dropout: float = 0.0,
+        time_embedding: str = "share",
+        null_class: bool = True,
+        text_width: int | None = None,
+        cross_attention: bool = False,
     ):
         super().__init__()
         for name, value in (("num_positions", num_positions), ("num_bits", num_bits), ("num_steps", num_steps), ("depth", depth)):
             bk.checks.integer(name, value, 1, 10**6)
         if num_classes is not None:
             bk.checks.integer("num_classes", num_classes, 1, 10**6)
+        if text_width is not None:
+            bk.checks.integer("text_width", text_width, 1, 10**6)
+        if num_classes is not None and text_width is not None:
+            raise ValueError(f"num_classes, text_width: expected one of them at most, got {num_classes} and {text_width}")
+        if cross_attention and text_width is None:
+            raise ValueError("cross_attention: needs a text_width, got None")
+        bk.checks.option("time_embedding", time_embedding, TIME_EMBEDDINGS)
         if not 0 <= bk.checks.real("dropout", dropout) < 1:
             raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
         if width < 4 or num_heads < 1 or width % num_heads or width % 4:
             raise ValueError(f"width: expected a multiple of 4 and of num_heads = {num_heads}, got {width}")
         self.num_positions, self.num_bits, self.num_classes, self.num_steps = num_positions, num_bits, num_classes, num_steps
-        self.null_label = num_classes
+        self.time_embedding, self.text_width, self.cross_attention = time_embedding, text_width, cross_attention
+        self.null_class = null_class
+        self.null_label = 0 if text_width is not None else num_classes
         self.token_weight = nn.Parameter(torch.randn(num_bits, width) * num_bits**-0.5)
         self.token_bias = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(grid_sinusoids(num_positions, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.classes = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, dropout) for _ in range(depth))
+        self.classes = nn.Embedding(num_classes + null_class, width) if num_classes is not None else None
+        self.text = nn.Linear(text_width, width) if text_width is not None and not cross_attention else None
+        seen = text_width if cross_attention else None
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, dropout, seen) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, num_bits)
         nn.init.zeros_(self.head.weight)
@@ -98,28 +167,58 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
         Args:
             x_t: packed uint8 (B, ..., P), N positions in all.
             t: int64 (B,), timesteps in 1..T.
-            label: int64 (B,), classes or `null_label`; None: no class. An unconditional model takes None only.
+            label: the condition, or None for none of it. Classes: int64 (B,), `null_label` where there is none. Text: floating
+                (B, text_width), or (B, L, text_width) with cross attention; vectors of zeros are not there (padding, or
+                no text), so conditional and unconditional samples, and texts of several lengths, fit one batch.
 
         Returns: (B, ..., C), float32 or what autocast makes of it.
         """
         bk.checks.packed("x_t", x_t, min_dim=3)
         if x_t.shape[1:-1].numel() != self.num_positions:
             raise ValueError(f"x_t: expected {self.num_positions} positions a sample, got shape {tuple(x_t.shape)}")
-        for name, value in (("t", t), ("label", label)):
-            if value is not None:
-                bk.checks.tensor(name, value, (torch.int64,))
-                bk.checks.shape(name, value, x_t.shape[:1], "one a sample")
+        bk.checks.tensor("t", t, (torch.int64,))
+        bk.checks.shape("t", t, x_t.shape[:1], "one a sample")
         x = bk.embed_bits(x_t.flatten(1, -2), self.token_weight, self.token_bias) + self.positions
-        time = self.time(sinusoids(t * (1000.0 / self.num_steps), x.shape[-1]).to(x.dtype))
-        tokens = [x, time.unsqueeze(1)]
-        if self.classes is not None:
-            if label is None:
-                label = torch.full_like(t, self.classes.num_embeddings - 1)
-            tokens.append(self.classes(label).unsqueeze(1))
-        elif label is not None:
-            raise ValueError("label: this model has no classes, expected None")
+        time = TIME_EMBEDDINGS[self.time_embedding](t, self.num_steps, x.shape[-1])
+        tokens = [x, self.time(time.to(x.dtype)).unsqueeze(1)]
+        mask = text = text_mask = None
+        if label is not None:
+            self._check_label(label, len(x))
+        if self.cross_attention and label is not None:
+            text, words = label.to(x.dtype), label.ne(0).any(-1)
+            text_mask = torch.cat([~words.any(-1, keepdim=True), words], dim=1)[:, None, None]
+        else:
+            token, there = self._condition_token(label, t)
+            if token is not None:
+                tokens.append(token.to(x.dtype).unsqueeze(1))
+            if there is not None:
+                rest = there.new_ones(len(x), self.num_positions + 1)
+                mask = torch.cat([rest, there.unsqueeze(1)], dim=1)[:, None, None]
         h = torch.cat(tokens, dim=1)
         for block in self.blocks:
-            h = block(h)
-        logits = self.head(self.norm(h[:, : x.shape[1]]))
+            h = block(h, mask, text, text_mask)
+        logits = self.head(self.norm(h[:, : self.num_positions]))
         return logits.view(*x_t.shape[:-1], self.num_bits)
+
+    def _condition_token(self, label: Tensor | None, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The token (B, width), or None for no token; and which samples have it, bool (B,), or None for all."""
+        if self.classes is not None and self.null_class:
+            return self.classes(torch.full_like(t, self.classes.num_embeddings - 1) if label is None else label), None
+        if label is None:
+            return None, None
+        if self.classes is not None:
+            there = label.ne(self.classes.num_embeddings)
+            return self.classes(label.where(there, 0)), there
+        assert self.text is not None
+        return self.text(label.to(self.text.weight.dtype)), label.ne(0).any(-1)
+
+    def _check_label(self, label: Tensor, batch: int) -> None:
+        if self.classes is not None:
+            bk.checks.tensor("label", label, (torch.int64,))
+            bk.checks.shape("label", label, (batch,), "one a sample")
+        elif self.text_width is None:
+            raise ValueError("label: this model has no classes, expected None")
+        else:
+            bk.checks.floating("label", label)
+            length = label.shape[1:2] if self.cross_attention else ()
+            bk.checks.shape("label", label, (batch, *length, self.text_width), "text features, one a sample")

@@ -71,7 +71,10 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
         batch_size: int | None = None,
         callback: Callable[[StepInfo], None] | None = None,
     ) -> Tensor:
-        """Images (B, channels, H, W) in [-1, 1]; arguments as in `FastSampler.sample`, `labels` (classes) being its condition."""
+        """Images (B, channels, H, W) in [-1, 1]; arguments as in `FastSampler.sample`.
+
+        `labels` is its condition: classes, or the features of a text for a denoiser that takes them.
+        """
         self._check_labels(labels)
         latents = self.sampler(rule=rule).sample(
             num_samples,
@@ -86,7 +89,7 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
         return self.decode(latents, batch_size=batch_size)
 
     def _check_labels(self, labels: int | Tensor | None) -> None:
-        if labels is None:
+        if labels is None or self.denoiser.text_width is not None:  # text is checked by the denoiser
             return
         if self.denoiser.num_classes is None:
             raise ValueError("labels: this model has no classes, expected None")

@@ -1,8 +1,8 @@
-"""The command line: `bldm sample | reconstruct | train-autoencoder | train | bench | doctor`. One file a command."""
+"""The command line: `bldm sample | reconstruct | train-autoencoder | train | convert | bench | doctor`. One file a command."""
 
 import typer
 
-from . import bench, doctor, reconstruct, sample, train
+from . import bench, convert, doctor, reconstruct, sample, train
 
 app = typer.Typer(
     name="bldm", help="Binary latent diffusion: sample, train, inspect.", no_args_is_help=True, add_completion=False
@@ -11,5 +11,6 @@ app.command("sample")(sample.sample)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("train-autoencoder")(train.train_autoencoder)
 app.command("train")(train.train)
+app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
