@@ -75,6 +75,11 @@ class use_backend:
         _forced = self._previous
 
 
+def forced_backend() -> str | None:
+    """The name that `use_backend` or the environment forces, or None."""
+    return _forced
+
+
 def force_from_environment() -> None:
     """BLDM_BACKEND=name forces a backend; called once, when every backend has been registered."""
     name = os.environ.get("BLDM_BACKEND")

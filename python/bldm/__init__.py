@@ -6,8 +6,9 @@ from .autoencoder import BinaryAutoencoder
 from .bundled import bundled_model
 from .denoiser import BinaryDenoiser
 from .diffusion import BinaryLatentDiffusion
+from .families import accelerate
 from .latents import PackedLatents
-from .sampler import FastSampler, StepInfo
+from .sampling import Conventions, FastSampler, StepInfo
 
 if TYPE_CHECKING:
     from .integrations.diffusers import BernoulliScheduler as BernoulliScheduler
@@ -18,9 +19,11 @@ __all__ = [
     "BinaryAutoencoder",
     "BinaryDenoiser",
     "BinaryLatentDiffusion",
+    "Conventions",
     "FastSampler",
     "PackedLatents",
     "StepInfo",
+    "accelerate",
     "bundled_model",
 ]
 

@@ -11,7 +11,7 @@ import bldm_kernels as bk
 from .autoencoder import BinaryAutoencoder
 from .checkpoint import PretrainedModel
 from .denoiser import BinaryDenoiser
-from .sampler import FastSampler, StepInfo
+from .sampling import FastSampler, StepInfo
 
 
 class BinaryLatentDiffusion(nn.Module, PretrainedModel):

@@ -11,7 +11,7 @@ from ..diffusion import BinaryLatentDiffusion
 from ..grid import draw_grid, save_png
 from ..latents import PackedLatents
 from ..progress import progress_bar
-from ..sampler import StepInfo
+from ..sampling import StepInfo
 from .common import choose_device, console, load_model, one_line_errors
 
 
