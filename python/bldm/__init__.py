@@ -8,6 +8,7 @@ from .denoiser import BinaryDenoiser
 from .diffusion import BinaryLatentDiffusion
 from .families import accelerate
 from .latents import PackedLatents
+from .quantizer import BinaryQuantizer
 from .sampling import Conventions, FastSampler, StepInfo
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "BinaryAutoencoder",
     "BinaryDenoiser",
     "BinaryLatentDiffusion",
+    "BinaryQuantizer",
     "Conventions",
     "FastSampler",
     "PackedLatents",
