@@ -1,14 +1,18 @@
 """Checkpoints: a folder with config.json and model.safetensors, there and back, and everything that is not one."""
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bldm
 import pytest
 import torch
 from bldm.checkpoint import PretrainedModel, write_atomically
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny_models import AUTOENCODER, DENOISER, tiny_autoencoder, tiny_denoiser, tiny_model
 from torch import Tensor, nn
@@ -120,12 +124,118 @@ def test_saving_again_replaces_everything(folder: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-def test_the_hub_methods_are_there() -> None:
-    for cls in (bldm.BinaryAutoencoder, bldm.BinaryDenoiser, bldm.BinaryLatentDiffusion):
-        assert callable(cls.push_to_hub)
+# --- on the hub, which is a folder here -------------------------------------------------------------------------------
+class FakeHub:
+    """Stands in for HfApi: a repository is a folder, laid out as huggingface_hub's cache is, so that it reads it for real."""
+
+    def __init__(self, cache: Path):
+        self.cache, self.calls = cache, []
+
+    def __call__(self, token: str | None = None) -> "FakeHub":
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
+        self.calls.append(("create_repo", repo_id, private, exist_ok))
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, revision: str | None, commit_message: str, **options: Any) -> str:
+        self.calls.append(("upload_folder", repo_id, commit_message))
+        commit = f"{len(self.calls):040x}"
+        repository = self.cache / f"models--{repo_id.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / (revision or "main")).write_text(commit)
+        shutil.copytree(folder_path, repository / "snapshots" / commit)
+        return f"https://hub/{repo_id}/commit/{commit}"
+
+    def files(self, repo_id: str, revision: str = "main") -> Path:
+        repository = self.cache / f"models--{repo_id.replace('/', '--')}"
+        return repository / "snapshots" / (repository / "refs" / revision).read_text()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return hub
+
+
+@pytest.mark.parametrize("make", [tiny_autoencoder, tiny_denoiser, tiny_model])
+def test_models_on_the_hub(hub: FakeHub, make: Callable[[], Any]) -> None:
+    model = make()
+    url = model.push_to_hub("someone/tiny-model", token="secret", private=True, commit_message="First")
+    assert hub.calls == [
+        ("token", "secret"),
+        ("create_repo", "someone/tiny-model", True, True),
+        ("upload_folder", "someone/tiny-model", "First"),
+    ]
+    assert url.startswith("https://hub/someone/tiny-model/commit/")
+    stored = hub.files("someone/tiny-model")
+    assert {file.name for file in stored.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    loaded = type(model).from_pretrained("someone/tiny-model", cache_dir=hub.cache)
+    assert states_equal(loaded, model) and not loaded.training
+    with torch.no_grad():
+        assert torch.equal(answer(loaded), answer(model))
+
+
+def test_branches_and_the_same_commit_for_both_files(hub: FakeHub) -> None:
+    Small(3).push_to_hub("someone/small")
+    Small(5).push_to_hub("someone/small", branch="large")
+    load = partial(Small.from_pretrained, "someone/small", cache_dir=hub.cache, local_files_only=True)
+    assert load().linear.in_features == 3 and load(revision="large").linear.in_features == 5
+    commit = hub.files("someone/small", "large").name
+    assert load(revision=commit).linear.in_features == 5
+    with pytest.raises(FileNotFoundError, match="^model: someone/small is no folder here, and the hub did not give it"):
+        load(revision="huge")
+
+
+def test_save_and_push_in_one_call(hub: FakeHub, tmp_path: Path) -> None:
+    model = Small(3, scale=0.25)
+    url = model.save_pretrained(tmp_path / "small", push_to_hub=True, repo_id="someone/small")
+    assert url is not None and url.startswith("https://hub/someone/small/commit/")
+    assert states_equal(Small.from_pretrained("someone/small", cache_dir=hub.cache), model)
+    assert states_equal(Small.from_pretrained(tmp_path / "small"), model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_is_on_the_hub_is_checked_as_a_folder_is(hub: FakeHub, name: str) -> None:
+    Small(3).push_to_hub("someone/small")
+    (hub.files("someone/small") / name).write_text("{}" if name == "config.json" else "?")
+    with pytest.raises(ValueError, match=f"^model: .*{name}"):
+        Small.from_pretrained("someone/small", cache_dir=hub.cache)
+    (hub.files("someone/small") / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"^model: .*someone--small.* has no {name}, so it is not a Small checkpoint"):
+        Small.from_pretrained("someone/small", cache_dir=hub.cache)
+
+
+def test_the_hub_has_no_such_model() -> None:
     expected = "^model: bldm-kernels/there-is-no-such-model is no folder here, and the hub did not give it"
     with pytest.raises(FileNotFoundError, match=expected):  # a name on the hub; nothing is asked of the network
         Small.from_pretrained("bldm-kernels/there-is-no-such-model", local_files_only=True)
+
+
+def test_model_card(tmp_path: Path) -> None:
+    model = tiny_denoiser()
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.license) == ("bldm-kernels", "mit")
+    assert "binary-latent-diffusion" in card.data.tags
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card.text
+    assert 'bldm.BinaryDenoiser.from_pretrained("user/name")' in card.text
+    (tmp_path / "README.md").write_text("Mine.")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "Mine."
+
+
+def test_a_config_of_ones_own_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    for save in (partial(Small(3).save_pretrained, tmp_path), partial(Small(3).push_to_hub, "someone/small")):
+        with pytest.raises(ValueError, match="^config: a checkpoint holds the arguments its model was made with"):
+            save(config={"size": 4})
+
+
+def test_an_argument_instead_of_the_stored_one(folder: Path) -> None:
+    assert Small.from_pretrained(folder, scale=2.0).scale == 2.0
 
 
 # --- what is not a checkpoint -----------------------------------------------------------------------------------------

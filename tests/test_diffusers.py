@@ -199,6 +199,31 @@ def test_one_generator_a_sample() -> None:
     assert torch.equal(scheduler.step(logits[1:2], 200, x_t[1:2], generator=generator(2)).prev_sample, batch[1:2])
 
 
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
+def test_a_loop_on_a_gpu_waits_for_nothing_and_is_the_one_on_a_cpu() -> None:
+    """With the generator on the GPU no step synchronises; with one on the CPU the bits are those of the CPU."""
+    states = {}
+    for device in ("cpu", "cuda"):
+        scheduler, source = bldm.BernoulliScheduler(), generator(2)
+        scheduler.set_timesteps(4, device=device)
+        x = scheduler.initial_sample((2, 16, 13), source, device=device)
+        for i, t in enumerate(scheduler.timesteps):
+            logits = torch.randn(2, 16, 13, generator=generator(i)).to(device)
+            x = scheduler.step(logits, t, x, generator=source).prev_sample
+        states[device] = x.cpu()
+    assert torch.equal(states["cpu"], states["cuda"])
+    source, logits = generator(2, "cuda"), torch.randn(2, 16, 13, device="cuda")
+    for state in (x, bk.pack_bits(x)):
+        x = state
+        scheduler.step(logits, scheduler.timesteps[0], x, generator=source)  # the table goes to the GPU, kernels are made
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in scheduler.timesteps:
+                x = scheduler.step(logits, t, scheduler.scale_model_input(x, t), generator=source).prev_sample
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", ["unpacked", "packed"])
 @pytest.mark.parametrize("source", ["gaussian", "generator", "generators"])

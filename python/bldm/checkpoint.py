@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Model = TypeVar("Model", bound="PretrainedModel")
+MODEL_CARD = """---
+{{ card_data }}
+---
+# {{ model_class }}
+
+{{ num_parameters }} parameters, made with bldm-kernels: [binary latent diffusion]({{ paper_url }}).
+
+```python
+import bldm
+
+model = bldm.{{ model_class }}.from_pretrained("user/name")  # or a folder
+```
+"""
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -34,19 +47,27 @@ def write_atomically(path: Path, write: Any) -> None:
         raise
 
 
-def _check_folder(model_id: str, cls: type) -> None:
-    """A local path must hold a checkpoint of this library; a name that is no path is left to the hub."""
-    path = Path(model_id)
+def _find_folder(name: str, **hub_options: Any) -> Path:
+    """A folder here, or else that of a hub repository "user/name", both of whose files are then of the same commit."""
+    path = Path(name)
     if path.is_file():
         kind = "a pickle (only safetensors are loaded)" if _is_pickle(path) else "a file"
         raise ValueError(f"model: expected a folder with {CONFIG} and {WEIGHTS}, got {kind}: {path}")
     if path.is_dir():
-        for name in (CONFIG, WEIGHTS):
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"model: {path} has no {name}, so it is not a {cls.__name__} checkpoint")
-        _read_config(path / CONFIG, cls)
-    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model_id, re.ASCII):
-        raise FileNotFoundError(f"model: no folder {model_id}")
+        return path
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII):
+        raise FileNotFoundError(f"model: no folder {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **hub_options))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(f"model: {name} is no folder here, and the hub did not give it: {error}") from error
+
+
+def _check_folder(path: Path, cls: type) -> None:
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"model: {path} has no {name}, so it is not a {cls.__name__} checkpoint")
+    _read_config(path / CONFIG, cls)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -67,13 +88,30 @@ def _read_config(path: Path, cls: type) -> dict[str, Any]:
     return config
 
 
-class PretrainedModel(ModelHubMixin, library_name="bldm-kernels", license="mit", tags=["binary-latent-diffusion"]):
+class PretrainedModel(
+    ModelHubMixin,
+    library_name="bldm-kernels",
+    license="mit",
+    tags=["binary-latent-diffusion"],
+    paper_url="https://arxiv.org/abs/2304.04820",
+    model_card_template=MODEL_CARD,
+):
     """Adds `save_pretrained`, `from_pretrained` and `push_to_hub` to an nn.Module whose arguments are JSON values.
 
     Weights load into the module's own dtype, so a checkpoint may be stored smaller: `model.half().save_pretrained(path)`.
     `from_pretrained` raises ValueError or FileNotFoundError, naming the file, for anything that is not a whole checkpoint of the
-    class; pickles are never loaded.
+    class, here or on the hub; pickles are never loaded.
     """
+
+    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **options: Any) -> str | None:
+        """Write config.json, model.safetensors and, where there is none, README.md; with `push_to_hub=True` upload them too.
+
+        `config` is the mixin's and may only say what the model's own arguments are; other options as in
+        `huggingface_hub.ModelHubMixin.save_pretrained`. Returns the URL of the commit if it was uploaded.
+        """
+        if config is not None and config != self._hub_mixin_config:
+            raise ValueError("config: a checkpoint holds the arguments its model was made with, expected None")
+        return super().save_pretrained(save_directory, config=config, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # Written last by us, not by the mixin, so that a folder with a config always has its weights.
@@ -82,15 +120,40 @@ class PretrainedModel(ModelHubMixin, library_name="bldm-kernels", license="mit",
         text = json.dumps(self._hub_mixin_config or {}, indent=2, sort_keys=True) + "\n"
         write_atomically(save_directory / CONFIG, lambda path: Path(path).write_text(text))
 
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        count = sum(parameter.numel() for parameter in self.parameters())  # type: ignore[attr-defined]
+        about = {"model_class": type(self).__name__, "num_parameters": f"{count:,}"}
+        return super().generate_model_card(*args, **{**about, **kwargs})
+
     @classmethod
-    def from_pretrained(cls: type[Model], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Model:
-        """Load from a folder, or from a hub repository "user/name". `map_location` names the device (default "cpu")."""
-        name = str(pretrained_model_name_or_path)
-        _check_folder(name, cls)
-        try:
-            return super().from_pretrained(name, **kwargs)
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise FileNotFoundError(f"model: {name} is no folder here, and the hub did not give it: {error}") from error
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Model:
+        """Load from a folder, or from a hub repository "user/name".
+
+        Args:
+            pretrained_model_name_or_path: the folder or the repository.
+            force_download, token, cache_dir, local_files_only, revision: for the hub, as in `huggingface_hub.snapshot_download`.
+            kwargs: `map_location` names the device (default "cpu"); others are arguments of the class instead of those stored.
+        """
+        folder = _find_folder(
+            str(pretrained_model_name_or_path),
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+        _check_folder(folder, cls)
+        return super().from_pretrained(folder, **kwargs)
 
     @classmethod
     def _from_pretrained(
@@ -98,27 +161,14 @@ class PretrainedModel(ModelHubMixin, library_name="bldm-kernels", license="mit",
         *,
         model_id: str,
         map_location: str | torch.device = "cpu",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
         **model_kwargs: Any,
     ) -> Model:
-        if os.path.isdir(model_id):
-            path = Path(model_id) / WEIGHTS
-        else:
-            path = Path(
-                hf_hub_download(
-                    model_id,
-                    WEIGHTS,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
+        path = Path(model_id) / WEIGHTS  # always a folder here; the mixin passes the rest all the same
         try:
             state = load_file(path)
         except SafetensorError as error:
