@@ -12,7 +12,7 @@ import bldm
 import numpy as np
 import pytest
 import torch
-from conftest import require_package
+from conftest import require_gpu, require_package
 from targets import HAS_GPU
 from torch import Tensor
 
@@ -199,9 +199,9 @@ def test_one_generator_a_sample() -> None:
     assert torch.equal(scheduler.step(logits[1:2], 200, x_t[1:2], generator=generator(2)).prev_sample, batch[1:2])
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
 def test_a_loop_on_a_gpu_waits_for_nothing_and_is_the_one_on_a_cpu() -> None:
     """With the generator on the GPU no step synchronises; with one on the CPU the bits are those of the CPU."""
+    require_gpu()
     states = {}
     for device in ("cpu", "cuda"):
         scheduler, source = bldm.BernoulliScheduler(), generator(2)
