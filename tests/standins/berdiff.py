@@ -60,12 +60,12 @@ class BinomialDiffusion:
         return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
 
     def q_mean(self, x_start: Tensor, t: Tensor) -> Tensor:
-        k = torch.from_numpy(self.alphas_cumprod)[t].float().view(-1, *[1] * (x_start.dim() - 1))
+        k = torch.from_numpy(self.alphas_cumprod).to(t.device)[t].float().view(-1, *[1] * (x_start.dim() - 1))
         return k * x_start + (1 - k) / 2
 
     def say(self, model: Any, x: Tensor, t: int, model_kwargs: dict[str, Any] | None) -> Tensor:
         label = self.timestep_map[t] if hasattr(self, "timestep_map") else t
-        time = torch.full((len(x),), label)
+        time = torch.full((len(x),), label, device=x.device)
         return model(x, time * (1000.0 / self.original_num_steps) if self.rescale_timesteps else time, **(model_kwargs or {}))
 
     def _loop(
