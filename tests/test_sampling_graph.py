@@ -227,6 +227,16 @@ def test_compiled_denoisers(autocast: torch.dtype | None) -> None:
     assert len(taken.graphs) == 1
 
 
+def test_compiled_denoisers_with_replaced_weights() -> None:
+    net = Wide().cuda()
+    options: dict[str, Any] = {"autocast": torch.bfloat16}
+    taken, plain = sampler(net, compile=True, **options), sampler(net, graph=False, **options)
+    taken.sample(512, 1, seed=3)
+    net.net[0] = nn.Linear(52, 256).cuda()
+    got, expected = taken.sample(512, 1, seed=3), plain.sample(512, 1, seed=3)
+    assert int(bk.hamming_distance(got, expected).sum()) < 0.01 * 512 * 52
+
+
 # --- other code bases' objects ------------------------------------------------------------------------------------------
 def test_accelerated_objects_are_captured() -> None:
     with warnings.catch_warnings():

@@ -54,6 +54,11 @@ class LowPrecisionCopy:
                         self._pairs.append((parameter, low))
         self._versions = self._current()
 
+    def stands_for(self, original: nn.Module) -> bool:
+        """Whether `original` still has the very parameters that were copied."""
+        parameters = {id(parameter) for parameter in original.parameters()}
+        return all(id(source) in parameters for source, _ in self._pairs)
+
     def _current(self) -> list[int]:
         return [-1 if source.is_inference() else source._version for source, _ in self._pairs]
 
@@ -80,8 +85,8 @@ class Execution:
         autocast: torch.dtype | None,
         compile: bool | Mapping[str, Any],
     ):
-        self.device, self.autocast, self.compiled = device, autocast, bool(compile)
-        self._copy = None
+        self.original, self.device, self.autocast, self.compiled = denoiser, device, autocast, bool(compile)
+        self._copy: LowPrecisionCopy | None = None
         self.denoise = denoiser
         if compile:
             if autocast is not None and isinstance(denoiser, nn.Module):
@@ -90,10 +95,15 @@ class Execution:
             options = dict(compile) if isinstance(compile, Mapping) else {}
             self.denoise = torch.compile(self.denoise, **{"dynamic": False, **options})
 
-    def refresh(self) -> None:
-        """Follow changes of the denoiser's weights."""
-        if self._copy is not None:
+    def serves(self, denoiser: object, device: torch.device) -> bool:
+        """Whether this is still how to run `denoiser` on `device`; if so, changes of its weights are followed."""
+        if self.original is not denoiser or self.device != device:
+            return False
+        if self._copy is not None and isinstance(denoiser, nn.Module):
+            if not self._copy.stands_for(denoiser):
+                return False
             self._copy.refresh()
+        return True
 
     @contextmanager
     def context(self) -> Iterator[None]:

@@ -186,9 +186,8 @@ class FastSampler:
 
     def _prepare(self) -> Execution:
         """The denoiser, compiled if so, on the device where its weights are now."""
-        if self._execution is None or self._execution.device != self.device:
+        if self._execution is None or not self._execution.serves(self.denoiser, self.device):
             self._execution = Execution(self.denoiser, self.device, self.autocast, self.compile)
-        self._execution.refresh()
         return self._execution
 
     def _batch(
@@ -248,7 +247,7 @@ class FastSampler:
             torch.get_autocast_dtype("cuda"),
             forced_backend(),
         )
-        return (*settings, *(tensor.data_ptr() for tensor in weights))
+        return (id(module), *settings, *(tensor.data_ptr() for tensor in weights))
 
 
 def _copied(x: Tensor | None) -> Tensor | None:
