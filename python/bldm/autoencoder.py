@@ -79,15 +79,15 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
             self.encoder = plain_encoder(in_channels, widths, num_bits, num_res_blocks, attention)
             self.embedding = nn.Parameter(torch.randn(num_bits, widths[-1]) * num_bits**-0.5)
             self.decoder = plain_decoder(in_channels, widths, decoder_res_blocks, attention)
-            return
-        embedding_width = widths[-1] if embedding_width is None else embedding_width
-        levels = [bk.checks.integer("attention_levels", level, 0, len(widths) - 1) for level in attention_levels]
-        for name, width in (("base_channels", base_channels), ("embedding_width", embedding_width)):
-            if bk.checks.integer(name, width, 32, 2**16) % 32:
-                raise ValueError(f"{name}: expected a multiple of 32 for architecture 'taming', got {width}")
-        self.encoder = taming_encoder(in_channels, base_channels, widths, embedding_width, num_bits, num_res_blocks, levels)
-        self.embedding = nn.Parameter(torch.randn(num_bits, embedding_width) * num_bits**-0.5)
-        self.decoder = taming_decoder(in_channels, widths, embedding_width, decoder_res_blocks, levels, norm_first)
+        else:
+            embedding_width = widths[-1] if embedding_width is None else embedding_width
+            levels = [bk.checks.integer("attention_levels", level, 0, len(widths) - 1) for level in attention_levels]
+            for name, width in (("base_channels", base_channels), ("embedding_width", embedding_width)):
+                if bk.checks.integer(name, width, 32, 2**16) % 32:
+                    raise ValueError(f"{name}: expected a multiple of 32 for architecture 'taming', got {width}")
+            self.encoder = taming_encoder(in_channels, base_channels, widths, embedding_width, num_bits, num_res_blocks, levels)
+            self.embedding = nn.Parameter(torch.randn(num_bits, embedding_width) * num_bits**-0.5)
+            self.decoder = taming_decoder(in_channels, widths, embedding_width, decoder_res_blocks, levels, norm_first)
 
     def encode_logits(self, images: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) in [-1, 1] -> logits (B, C, h, w) of each bit being 1."""
