@@ -1,7 +1,7 @@
 """How the denoiser runs: copies of weights in lower precision follow the originals; constants of the host."""
 
 import torch
-from bldm.sampling.execution import Execution, LowPrecisionCopy
+from bldm.sampling.execution import Anatomy, Execution, LowPrecisionCopy
 from bldm.sampling.graph import HostConstants
 from torch import nn
 
@@ -20,7 +20,7 @@ def test_a_copy_shares_all_but_the_weights_of_products() -> None:
     assert original.training and not module.training and not module[3].training
 
 
-def test_a_copy_follows_changes_in_place_and_notices_replaced_weights() -> None:
+def test_a_copy_follows_changes_in_place() -> None:
     original = net()
     taken = LowPrecisionCopy(original, torch.bfloat16)
     weight = taken.module[0].weight
@@ -28,9 +28,26 @@ def test_a_copy_follows_changes_in_place_and_notices_replaced_weights() -> None:
         original[0].weight.add_(1)
     taken.refresh()
     assert taken.module[0].weight is weight and torch.equal(weight, original[0].weight.bfloat16())
-    assert taken.stands_for(original)
-    original[0].weight = nn.Parameter(torch.zeros(8, 4))
-    assert not taken.stands_for(original)
+
+
+def test_an_anatomy_notices_replaced_parts_weights_and_memory() -> None:
+    original = net()
+    anatomy = Anatomy(original)
+    addresses = anatomy.addresses()
+    with torch.no_grad():
+        original[0].weight.add_(1)
+    assert anatomy.intact() and anatomy.addresses() == addresses
+    original[0].weight.data = torch.zeros(8, 4)
+    assert anatomy.intact() and anatomy.addresses() != addresses
+    for change in (
+        lambda m: setattr(m[0], "weight", nn.Parameter(torch.zeros(8, 4))),
+        lambda m: m.__setitem__(0, nn.Linear(4, 8)),
+    ):
+        changed = net()
+        anatomy = Anatomy(changed)
+        change(changed)
+        assert not anatomy.intact()
+    assert Anatomy(print).intact() and Anatomy(print).addresses() == ()
 
 
 def test_an_execution_serves_one_denoiser_on_one_device() -> None:

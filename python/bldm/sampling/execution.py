@@ -21,17 +21,38 @@ def device_of(denoiser: object) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-@contextmanager
-def evaluating(denoiser: object) -> Iterator[None]:
-    """Dropout off while sampling; afterwards every part is back in the mode it was in."""
-    training = [part for part in denoiser.modules() if part.training] if isinstance(denoiser, nn.Module) else []
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
+class Anatomy:
+    """A module's parts, parameters and buffers, listed once: walking through a large module takes longer than a step."""
+
+    def __init__(self, denoiser: object):
+        self.parts = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
+        self._entries = [
+            (table, name, value)
+            for part in self.parts
+            for table in (part._modules, part._parameters, part._buffers)
+            for name, value in table.items()  # type: ignore[attr-defined]
+            if value is not None
+        ]
+        self._tensors = [value for _, _, value in self._entries if isinstance(value, Tensor)]
+
+    def intact(self) -> bool:
+        """Whether all of them are still where they were."""
+        return all(table.get(name) is value for table, name, value in self._entries)
+
+    def addresses(self) -> tuple[int, ...]:
+        return tuple(tensor.data_ptr() for tensor in self._tensors)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off while sampling; afterwards every part is back in the mode it was in."""
+        training = [part for part in self.parts if part.training]
         for part in training:
-            part.training = True
+            part.training = False
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
 
 
 class LowPrecisionCopy:
@@ -53,11 +74,6 @@ class LowPrecisionCopy:
                         setattr(part, name, low)
                         self._pairs.append((parameter, low))
         self._versions = self._current()
-
-    def stands_for(self, original: nn.Module) -> bool:
-        """Whether `original` still has the very parameters that were copied."""
-        parameters = {id(parameter) for parameter in original.parameters()}
-        return all(id(source) in parameters for source, _ in self._pairs)
 
     def _current(self) -> list[int]:
         return [-1 if source.is_inference() else source._version for source, _ in self._pairs]
@@ -86,6 +102,7 @@ class Execution:
         compile: bool | Mapping[str, Any],
     ):
         self.original, self.device, self.autocast, self.compiled = denoiser, device, autocast, bool(compile)
+        self.anatomy = Anatomy(denoiser)
         self._copy: LowPrecisionCopy | None = None
         self.denoise = denoiser
         if compile:
@@ -97,11 +114,9 @@ class Execution:
 
     def serves(self, denoiser: object, device: torch.device) -> bool:
         """Whether this is still how to run `denoiser` on `device`; if so, changes of its weights are followed."""
-        if self.original is not denoiser or self.device != device:
+        if self.original is not denoiser or self.device != device or not self.anatomy.intact():
             return False
-        if self._copy is not None and isinstance(denoiser, nn.Module):
-            if not self._copy.stands_for(denoiser):
-                return False
+        if self._copy is not None:
             self._copy.refresh()
         return True
 

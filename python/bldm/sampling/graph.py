@@ -21,12 +21,14 @@ class Uncapturable(Exception):
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """One cached graph: what it samples, the device memory it holds alone (buffers) or with others (pool), seconds to capture."""
+    """One cached graph: what it samples, the bytes of its own buffers, and the seconds that the rehearsal before it (compilation
+    included) and the capture itself took."""
 
     num_samples: int
     num_steps: int
     buffer_bytes: int
-    seconds: float
+    rehearsal_seconds: float
+    capture_seconds: float
 
 
 class HostConstants(TorchDispatchMode):
@@ -87,6 +89,8 @@ class CapturedLoop:
                     with _forbid_synchronisation():
                         loop.rehearse()
                 torch.cuda.current_stream(device).wait_stream(side)
+                side.synchronize()
+                rehearsed = time.perf_counter()
                 torch.clear_autocast_cache()  # what it holds would be freed while the graph still reads it
                 with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     loop.run()
@@ -94,7 +98,7 @@ class CapturedLoop:
             raise Uncapturable(str(error).split("\n")[0]) from error
         finally:
             torch.clear_autocast_cache()
-        self.seconds = time.perf_counter() - began
+        self.seconds = (rehearsed - began, time.perf_counter() - rehearsed)
 
     def replay(self, inputs: Inputs) -> Loop:
         self.loop.load(inputs)
@@ -105,7 +109,7 @@ class CapturedLoop:
         tensors = [value for value in vars(self.loop).values() if isinstance(value, Tensor)]
         tensors += self.loop.hook_buffers.values()
         size = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        return GraphInfo(self.loop.plan.num_samples, self.loop.plan.num_steps, size, self.seconds)
+        return GraphInfo(self.loop.plan.num_samples, self.loop.plan.num_steps, size, *self.seconds)
 
 
 class GraphCache:

@@ -84,16 +84,11 @@ class Job:
 class Desk:
     """Turns a call's arguments into a `Job`; every error names the argument, or both of a wrong combination."""
 
-    def __init__(
-        self,
-        conventions: Conventions,
-        schedule: bk.BernoulliSchedule,
-        latent_shape: tuple[int, ...],
-        null_cond: object,
-        device: torch.device,
-    ):
+    TABLES = 8  # kept at a time: they take longer to make than a step
+
+    def __init__(self, conventions: Conventions, schedule: bk.BernoulliSchedule, latent_shape: tuple[int, ...]):
         self.conventions, self.schedule, self.latent_shape = conventions, schedule, latent_shape
-        self.null_cond, self.device = null_cond, device
+        self._tables: dict[tuple[int, ...], tuple[StepTable, Tensor]] = {}
 
     def job(
         self,
@@ -112,11 +107,13 @@ class Desk:
         start: Tensor | None,
         hook_inputs: Mapping[str, Tensor] | None,
         history: bool,
+        device: torch.device,
     ) -> Job:
-        """Arguments as in `FastSampler.run`."""
+        """Arguments as in `FastSampler.run`, and the device of the job."""
         pieces = self.conventions
         num_samples = bk.checks.integer("num_samples", num_samples, 0, 2**40)
         chosen = self._timesteps(steps, timesteps)
+        table, labels = self._table(tuple(chosen))
         temperature = bk.checks.positive("temperature", temperature)
         seed = bk.checks.integer("seed", seed, -(2**63), 2**64 - 1)
         sample_offset = bk.checks.sample_offset(sample_offset)
@@ -124,30 +121,29 @@ class Desk:
         guided = any(scale != 1 for scale in scales)
         if guided and cond is None:
             raise ValueError(f"guidance_scale: {guidance_scale} needs a condition, but cond is None")
-        null_cond = self.null_cond if null_cond is None else null_cond
         if guided and null_cond is None and pieces.guidance.calls == 1:
             raise ValueError(f"guidance_scale: {guidance_scale} needs a null condition, but null_cond is None")
-        cond = conditions.check(cond, num_samples, self.device)
-        null = conditions.check_null(null_cond, cond, self.device) if guided and null_cond is not None else None
-        mask = self._packed("keep_mask", keep_mask, num_samples)
-        kept = self._packed("keep_bits", keep_bits, num_samples)
+        cond = conditions.check(cond, num_samples, device)
+        null = conditions.check_null(null_cond, cond, device) if guided and null_cond is not None else None
+        mask = self._packed("keep_mask", keep_mask, num_samples, device)
+        kept = self._packed("keep_bits", keep_bits, num_samples, device)
         if (mask is None) != (kept is None):
             raise ValueError("keep_mask, keep_bits: expected both or neither")
-        x_t = self._packed("start", start, num_samples)
+        x_t = self._packed("start", start, num_samples, device)
         for name, value in (("keep_bits", kept), ("start", x_t)):
             if value is not None:
                 check_padding(name, value, self.latent_shape[-1])
         if hook_inputs and pieces.hook is None:
             raise ValueError("hook_inputs: expected None, as the conventions' hook is None")
         if x_t is None:
-            x_t = bk.random_bits(num_samples, self.latent_shape, seed=seed, sample_offset=sample_offset, device=self.device)
+            x_t = bk.random_bits(num_samples, self.latent_shape, seed=seed, sample_offset=sample_offset, device=device)
         return Job(
             conventions=pieces,
             latent_shape=self.latent_shape,
             num_samples=num_samples,
             timesteps=chosen,
-            table=step_table(self.schedule, chosen, pieces.rule, pieces.final),
-            labels=label_table(pieces.label(), chosen),
+            table=table,
+            labels=labels,
             scales=torch.tensor(scales, dtype=torch.float32),
             temperature=temperature,
             seed=seed,
@@ -158,7 +154,7 @@ class Desk:
             null_cond=null,
             keep_mask=mask,
             keep_bits=kept,
-            hook_inputs={name: value.to(self.device) for name, value in (hook_inputs or {}).items()},
+            hook_inputs={name: value.to(device) for name, value in (hook_inputs or {}).items()},
         )
 
     def _timesteps(self, steps: int, timesteps: Sequence[int] | Tensor | None) -> list[int]:
@@ -168,7 +164,16 @@ class Desk:
         chosen = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
         return [bk.checks.integer("timesteps", t, 1, total) for t in chosen]
 
-    def _packed(self, name: str, value: Tensor | None, num_samples: int) -> Tensor | None:
+    def _table(self, timesteps: tuple[int, ...]) -> tuple[StepTable, Tensor]:
+        if timesteps not in self._tables:
+            pieces = self.conventions
+            made = step_table(self.schedule, timesteps, pieces.rule, pieces.final), label_table(pieces.label(), timesteps)
+            if len(self._tables) >= self.TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[timesteps] = made
+        return self._tables[timesteps]
+
+    def _packed(self, name: str, value: Tensor | None, num_samples: int, device: torch.device) -> Tensor | None:
         if value is None:
             return None
         bk.checks.packed(name, value, min_dim=1)
@@ -178,4 +183,4 @@ class Desk:
                 f"{name}: expected packed bits of shape {item} for all samples, or {(num_samples, *item)}, "
                 f"got {tuple(value.shape)}"
             )
-        return value.to(self.device).expand(num_samples, *item)
+        return value.to(device).expand(num_samples, *item)

@@ -89,6 +89,7 @@ class Loop:
         self.keep_bits = None if inputs.keep_bits is None else torch.empty_like(self.start)
         hook = conventions.hook
         self.hook_buffers = {} if hook is None else hook.buffers(torch.empty(plan.num_samples, *latent_shape, device=device))
+        self._tables_of: Tensor | None = None  # whose tables are loaded: a sampler uses the same ones again and again
         self.x = self.start
         self.probability: Tensor | None = None
         self.states: Tensor | None = None
@@ -100,10 +101,12 @@ class Loop:
     def load(self, inputs: Inputs) -> None:
         """Fill the buffers for the next run."""
         self.start.copy_(inputs.start)
-        self.coefficients.copy_(inputs.coefficients)
-        self.noise.copy_(inputs.noise)
+        if inputs.coefficients is not self._tables_of:
+            self.coefficients.copy_(inputs.coefficients)
+            self.noise.copy_(inputs.noise)
+            self.labels.copy_(inputs.labels.to(self.labels.device)[:, None].expand_as(self.labels))
+            self._tables_of = inputs.coefficients
         self.scales.copy_(inputs.scales)
-        self.labels.copy_(inputs.labels.to(self.labels.device)[:, None].expand_as(self.labels))
         self.seed.fill_(inputs.seed - 2**64 if inputs.seed >= 2**63 else inputs.seed)
         self.sample_offset.fill_(inputs.sample_offset)
         conditions.each(lambda buffer, value: buffer.copy_(value), self.cond, self._stacked(inputs.cond, inputs.null_cond))

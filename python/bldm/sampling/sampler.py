@@ -3,17 +3,16 @@
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import bldm_kernels as bk
 from bldm_kernels.dispatch import forced_backend
 
 from .conventions import Conventions
-from .execution import Execution, device_of, evaluating
+from .execution import Execution, device_of
 from .graph import GraphCache, GraphInfo, Uncapturable
 from .job import Desk, Job
 from .loop import Inputs, Loop, Plan
@@ -93,6 +92,7 @@ class FastSampler:
         self.null_cond = getattr(denoiser, "null_label", None) if null_cond is None else null_cond
         self.autocast, self.compile, self.graph = autocast, compile, graph
         self._device = None if device is None else torch.device(device)
+        self._desk = Desk(self.conventions, schedule, self.latent_shape)
         self._execution: Execution | None = None
         self._graphs = GraphCache(bk.checks.integer("max_graphs", max_graphs, 1, 10**6))
         self._uncapturable: Hashable = None
@@ -161,8 +161,8 @@ class FastSampler:
 
         Raises: FloatingPointError naming the step when logits are not finite; TypeError, ValueError for wrong arguments.
         """
-        desk = Desk(self.conventions, self.schedule, self.latent_shape, self.null_cond, self.device)
-        job = desk.job(
+        device = self.device
+        job = self._desk.job(
             num_samples,
             steps,
             timesteps=timesteps,
@@ -170,24 +170,25 @@ class FastSampler:
             seed=seed,
             sample_offset=sample_offset,
             cond=cond,
-            null_cond=null_cond,
+            null_cond=self.null_cond if null_cond is None else null_cond,
             guidance_scale=guidance_scale,
             keep_mask=keep_mask,
             keep_bits=keep_bits,
             start=start,
             hook_inputs=hook_inputs,
             history=history,
+            device=device,
         )
         size = num_samples if batch_size is None else bk.checks.integer("batch_size", batch_size, 1, 2**40)
-        execution = self._prepare()
-        with evaluating(self.denoiser):
+        execution = self._prepare(device)
+        with execution.anatomy.evaluating():
             parts = [self._batch(job, first, plan, inputs, execution, callback) for first, plan, inputs in job.batches(size)]
         return _join(parts, job)
 
-    def _prepare(self) -> Execution:
+    def _prepare(self, device: torch.device) -> Execution:
         """The denoiser, compiled if so, on the device where its weights are now."""
-        if self._execution is None or not self._execution.serves(self.denoiser, self.device):
-            self._execution = Execution(self.denoiser, self.device, self.autocast, self.compile)
+        if self._execution is None or not self._execution.serves(self.denoiser, device):
+            self._execution = Execution(self.denoiser, device, self.autocast, self.compile)
         return self._execution
 
     def _batch(
@@ -223,7 +224,7 @@ class FastSampler:
 
     def _replay(self, plan: Plan, inputs: Inputs, execution: Execution) -> Loop | None:
         """All steps as one graph; None, after a warning, where that cannot be."""
-        fingerprint = self._fingerprint()
+        fingerprint = _fingerprint(execution)
         captured = self._graphs.find(plan, fingerprint)
         if captured is None:
             if self._uncapturable == fingerprint:
@@ -237,17 +238,16 @@ class FastSampler:
                 return None
         return captured.replay(inputs)
 
-    def _fingerprint(self) -> Hashable:
-        """What a captured graph takes for granted: where the weights are, and settings that choose kernels."""
-        module = self.denoiser
-        weights = chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
-        settings = (
-            torch.get_float32_matmul_precision(),
-            torch.is_autocast_enabled("cuda"),
-            torch.get_autocast_dtype("cuda"),
-            forced_backend(),
-        )
-        return (id(module), *settings, *(tensor.data_ptr() for tensor in weights))
+
+def _fingerprint(execution: Execution) -> Hashable:
+    """What a captured graph takes for granted: the denoiser, where its weights are, settings that choose kernels."""
+    settings = (
+        torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        forced_backend(),
+    )
+    return (id(execution), *settings, *execution.anatomy.addresses())
 
 
 def _copied(x: Tensor | None) -> Tensor | None:
