@@ -53,9 +53,15 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         coefficients = torch.zeros(2 if special else 1, 4)
         draw = (1, 2, 3, *((on_device, on_device) if special else (None, None)))
         count = torch.zeros(1, dtype=torch.int32)
-        options = (logits, 2.0, x, x[:1], count) if special else (None, 1.0, None, None, None)
-        yield flip_step.flip_step, (logits, x, coefficients, *draw, 1.0, special, *options, x)
-        yield flip_step.add_noise, (x, coefficients[:, 0], channels, *draw, x)
+        for batch in (2, 20_000):  # one tile a program, and several
+            many, many_x = logits[:1].expand(batch, -1, -1), x[:1].expand(batch, -1, -1)
+            options = (many, 2.0, torch.ones(1), x, x[:1], count) if special else (None, 1.0, None, None, None, None)
+            first = on_device if special else None
+            yield flip_step.flip_step, (many, many_x, coefficients, *draw, first, 1.0, special, *options, many_x)
+            yield flip_step.add_noise, (many_x, coefficients[:, 0], channels, *draw, many_x)
+        few, few_x = logits[:, :3].contiguous(), x[:, :3].contiguous()  # several samples a program
+        yield flip_step.flip_step, (few, few_x, coefficients, *draw, None, 1.0, special, None, 1.0, None, None, None, None, few_x)
+        yield flip_step.add_noise, (few_x, coefficients[:, 0], channels, *draw, few_x)
         for mode in (True, False):
             yield binarize.binarize, (logits.unsqueeze(-1), mode, *draw, x)
             yield binarize.binarize, (logits.mT.contiguous().unsqueeze(1), mode, *draw, x)

@@ -44,11 +44,20 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+# Triton has functions for these two, which take several microseconds a call outside of a kernel.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def byte_grid(num_samples: int, sample_bytes: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the tile of SAMPLES x BYTES = BLOCK packed bytes of every program (see `byte_tile`)."""
-    num_bytes = min(triton.next_power_of_2(sample_bytes), BLOCK)
+    num_bytes = min(next_power_of_2(sample_bytes), BLOCK)
     samples = BLOCK // num_bytes
-    grid = triton.cdiv(num_samples, samples) * triton.cdiv(sample_bytes, num_bytes)
+    grid = ceil_div(num_samples, samples) * ceil_div(sample_bytes, num_bytes)
     return (grid,), {"SAMPLES": samples, "BYTES": num_bytes, "num_warps": NUM_WARPS}
 
 
@@ -163,11 +172,17 @@ def random_words(PURPOSE: tl.constexpr, seed, step, sample, byte):
 
 
 @triton.jit
+def random_cube(PURPOSE: tl.constexpr, seed, step, sample, byte):
+    """[N, 2, 2, 2] uint32: the eight 16-bit lanes of every packed byte, lane 4 a + 2 b + c at [a, b, c]."""
+    w0, w1, w2, w3 = random_words(PURPOSE, seed, step, sample, byte)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.join(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
 def random_lanes(PURPOSE: tl.constexpr, seed, step, sample, byte):
     """[N, 8] uint32: the eight 16-bit lanes of every packed byte."""
-    w0, w1, w2, w3 = random_words(PURPOSE, seed, step, sample, byte)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [N, 2, 2]: word 2 a + b at [a, b]
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (byte.shape[0], 8))
+    return tl.reshape(random_cube(PURPOSE, seed, step, sample, byte), (byte.shape[0], 8))
 
 
 @triton.jit
@@ -188,7 +203,13 @@ def fma(a, b, c):
 @triton.jit
 def exp_neg(logits, scale):
     """exp(-logits / temperature) with scale = -log2(e) / temperature, clamped to 2^-64..2^64."""
-    y = tl.minimum(tl.maximum(logits * scale, -64.0), 64.0)
+    return exp2_clamped(logits * scale)
+
+
+@triton.jit
+def exp2_clamped(y):
+    """2^y, clamped to 2^-64..2^64: the exponential of the random stream."""
+    y = tl.minimum(tl.maximum(y, -64.0), 64.0)
     shifted = y + _ROUND
     z = y - (shifted - _ROUND)
     p = fma(fma(fma(fma(fma(_C5, z, _C4), z, _C3), z, _C2), z, _C1), z, 1.0)
