@@ -336,6 +336,9 @@ def _cases_of(op: str) -> Iterator[Case]:
             yield Case(op, dtype, 24, 3, "contiguous", options, positions, quick=i % len(dtypes) == j)
             yield Case(op, dtype, 100, 2, LAYOUTS[(i + j) % 4], options, positions)
             yield Case(op, dtype, 64, 3, "unaligned", options, (70,))
+            if options.get("dim") == 1:  # positions by whole vectors, in several tiles that are not full
+                for wide in (7, 64, 100):
+                    yield Case(op, dtype, wide, 2, "contiguous", options, (16, 80), quick=wide == 7)
         yield Case(op, dtypes[0], 24, 0, "contiguous", options)
     yield Case(op, dtypes[0], 0, 3, quick=True)
     # Enough bits for every vector width, loop tail and thread.

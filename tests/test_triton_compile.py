@@ -37,7 +37,8 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     def packed(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.uint8)
 
-    for shape, dtype in (((2, 64, 1), torch.bool), ((2, 7, 5), torch.float32), ((2, 64, 16), torch.bfloat16)):
+    byte, word = torch.bool, torch.float32
+    for shape, dtype in (((2, 64, 1), byte), ((2, 64, 16), byte), ((2, 7, 5), byte), ((2, 7, 1), word), ((2, 64, 16), word)):
         x = torch.zeros(shape, dtype=dtype)
         outer, channels, inner = x.shape
         out = packed(outer, inner, -(-channels // 8))
