@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 5 : 4)
             Strip values;
             values.load(from + int64_t(8 * byte) * a.inner, a.inner, count);
             uint8_t* to = shared + tile.place(column, row);
-            uint32_t packed = 0, open = 0;
+            uint32_t packed = 0;
 #pragma unroll
             for (int i = 0; i < Strip::kPositions; ++i) {
                 uint32_t bits;
@@ -266,7 +266,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 5 : 4)
                     __half2 l[4];
 #pragma unroll
                     for (int k = 0; k < 4; ++k) l[k] = values.pair(k, i);
-                    open |= uint32_t(!decide<kRounded<T>>(l, words, bits)) << i;
+                    // At once: a loop over them afterwards leaves the warp diverged.
+                    if (!decide<kRounded<T>>(l, words, bits)) queue.add((column << columns.log_height) + row + i);
                     bits &= (1u << count) - 1;
                 } else {
                     float l[8];
@@ -276,7 +277,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 5 : 4)
                 }
                 packed |= bits << (8 * i);
             }
-            for (; open; open &= open - 1) queue.add((column << columns.log_height) + row + __ffs(int(open)) - 1);
             if constexpr (kWide)
                 *reinterpret_cast<uint32_t*>(to) = packed;
             else
