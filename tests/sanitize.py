@@ -29,6 +29,8 @@ for channels in (7, 64, 100):
         weight = torch.randn(channels, 48, device=device).to(dtype).requires_grad_()
         bk.embed_bits(x_0, weight).float().sum().backward()
         bk.hamming_distance(x_0, x_t)
-        bk.hamming_topk(x_0, bk.random_bits(50, shape[1:], seed=5, device=device), 3)
+        database = bk.random_bits(300, shape[1:], seed=5, device=device)
+        for queries in (x_0, database[:20], database[:70]):
+            bk.hamming_topk(queries, database, 3)
 torch.cuda.synchronize()
 print("ok")

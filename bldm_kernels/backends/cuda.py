@@ -10,9 +10,10 @@ from torch import Tensor
 from ..dispatch import Backend
 from .cpu import FLOAT_TYPES, ONES
 from .native import load_part
+from .search import Kernels, search
 
-# Keys of hamming_topk held at a time: 512 MiB.
-MAX_KEYS = 2**26
+# Up to here a key for every pair and torch.topk take less time than the search.
+FEW_QUERIES = 4
 
 
 def _launch_on(x: Tensor) -> tuple[int, int]:
@@ -187,20 +188,38 @@ def _kernels(native: ModuleType) -> dict[str, Callable[..., None]]:
     def hamming_distance(a: Tensor, b: Tensor, out: Tensor) -> None:
         native.hamming_distance(a.data_ptr(), b.data_ptr(), a.shape[0], b.shape[0], a.shape[1], out.data_ptr(), *_launch_on(a))
 
-    def hamming_topk(queries: Tensor, database: Tensor, k: int, distances: Tensor, indices: Tensor) -> None:
-        """One 64-bit key a pair, distance above index, so that the smallest keys come in the promised order."""
-        num_samples, num_bytes = database.shape
-        tile = max(1, MAX_KEYS // num_samples)
-        for first in range(0, len(queries), tile):
-            part = queries[first : first + tile]
-            keys = torch.empty(len(part), num_samples, dtype=torch.int64, device=queries.device)
-            values = (part.data_ptr(), database.data_ptr(), len(part), num_samples, num_bytes)
-            native.hamming_keys(*values, keys.data_ptr(), *_launch_on(keys))
-            nearest = keys.topk(k, largest=False, sorted=True).values
-            distances[first : first + tile] = nearest >> 32
-            indices[first : first + tile] = nearest & 0xFFFFFFFF
+    def count_bits(rows: Tensor, out: Tensor) -> None:
+        hamming_distance(rows, rows.new_zeros(1, rows.shape[1]), out)
 
-    return {name: kernel for name, kernel in locals().items() if name != "native"}
+    def candidates(
+        queries: Tensor,
+        rows: Tensor,
+        query_bits: Tensor,
+        first_row: int,
+        keys: Tensor,
+        counts: Tensor,
+        limits: Tensor,
+    ) -> None:
+        values = (queries.data_ptr(), rows.data_ptr(), query_bits.data_ptr(), len(queries), *rows.shape)
+        kept = (keys.data_ptr(), keys.shape[1], counts.data_ptr(), limits.data_ptr())
+        native.hamming_candidates(*values, first_row, *kept, *_launch_on(keys))
+
+    def select(keys: Tensor, k: int, max_distance: int, counts: Tensor, limits: Tensor) -> None:
+        sizes = (*keys.shape, k, max_distance)
+        native.hamming_select(keys.data_ptr(), *sizes, counts.data_ptr(), limits.data_ptr(), *_launch_on(keys))
+
+    def hamming_topk(queries: Tensor, database: Tensor, k: int, distances: Tensor, indices: Tensor) -> None:
+        if len(queries) > FEW_QUERIES:
+            return search(Kernels(count_bits, candidates, select), queries, database, k, distances, indices)
+        keys = torch.empty(len(queries), len(database), dtype=torch.int64, device=queries.device)
+        values = (queries.data_ptr(), database.data_ptr(), len(queries), *database.shape)
+        native.hamming_keys(*values, keys.data_ptr(), *_launch_on(keys))
+        nearest = keys.topk(k, largest=False, sorted=True).values
+        distances.copy_(nearest >> 32)
+        indices.copy_(nearest & 0xFFFFFFFF)
+
+    helpers = ("native", "count_bits", "candidates", "select")
+    return {name: kernel for name, kernel in locals().items() if name not in (*helpers, "helpers")}
 
 
 def _has_code(archs: list[str], capability: int) -> bool:

@@ -21,4 +21,6 @@ void register_cuda(pybind11::module_& m) {
     bind(m, "embed_bits_backward", cuda::embed_bits_backward);
     bind(m, "hamming_distance", cuda::hamming_distance);
     bind(m, "hamming_keys", cuda::hamming_keys);
+    bind(m, "hamming_candidates", cuda::hamming_candidates);
+    bind(m, "hamming_select", cuda::hamming_select);
 }

@@ -1,4 +1,4 @@
-// hamming_distance, and the distances of hamming_topk.
+// hamming_distance, and hamming_topk's distances for few queries.
 #include "cuda/samples.cuh"
 
 namespace bldm::cuda {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) out[row] = distance;
 }
 
-// Few queries: one warp a sample of the database, which it compares with all of them while it is in the cache.
+// One warp a sample of the database, which it compares with all of them while it is in the cache.
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
     few_queries(const uint8_t* __restrict__ queries, const uint8_t* __restrict__ database, int num_queries,
@@ -48,57 +48,6 @@ __global__ void __launch_bounds__(kThreads)
             row_distance<kVector>(database + row * bytes, queries + int64_t(q) * bytes, bytes, lane);
         if (lane == 0) keys[q * num_samples + row] = distance << 32 | row;
     }
-}
-
-// Many queries: a block compares 32 queries with 64 samples, 32 words of each at a time from shared memory; a thread
-// has 4 x 4 of the pairs. Rows are padded so that eight rows of 16 bytes lie in different banks.
-constexpr int kTileQueries = 32, kTileRows = 64, kTileWords = 32, kPitch = kTileWords + 4, kTileThreads = 128;
-
-template <bool kWords>
-__global__ void __launch_bounds__(kTileThreads)
-    many_queries(const uint8_t* __restrict__ queries, const uint8_t* __restrict__ database, int64_t num_queries,
-                 int64_t num_samples, uint32_t bytes, int64_t* __restrict__ keys) {
-    __shared__ uint4 tile[(kTileQueries + kTileRows) * kPitch / 4];
-    uint32_t* words = reinterpret_cast<uint32_t*>(tile);
-    const int64_t first_row = int64_t(blockIdx.x) * kTileRows, first_query = int64_t(blockIdx.y) * kTileQueries;
-    const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-    const uint32_t num_words = (bytes + 3) / 4;
-    int distance[4][4] = {};
-    for (uint32_t first = 0; first < num_words; first += kTileWords) {
-        __syncthreads();
-        const uint32_t word = first + threadIdx.x % kTileWords;
-        for (int r = threadIdx.x / kTileWords; r < kTileQueries + kTileRows; r += kTileThreads / kTileWords) {
-            const bool is_query = r < kTileQueries;
-            const int64_t row = is_query ? first_query + r : first_row + r - kTileQueries;
-            const bool inside = word < num_words && row < (is_query ? num_queries : num_samples);
-            words[r * kPitch + threadIdx.x % kTileWords] =
-                inside ? load_chunk<kWords>((is_query ? queries : database) + row * bytes, word, bytes) : 0;
-        }
-        __syncthreads();
-#pragma unroll 2
-        for (int w = 0; w < kTileWords / 4; ++w) {
-            uint4 q[4], d[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                q[i] = tile[(y + 8 * i) * (kPitch / 4) + w];
-                d[i] = tile[(kTileQueries + x + 16 * i) * (kPitch / 4) + w];
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    distance[i][j] += __popc(q[i].x ^ d[j].x) + __popc(q[i].y ^ d[j].y) + __popc(q[i].z ^ d[j].z) +
-                                      __popc(q[i].w ^ d[j].w);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int64_t query = first_query + y + 8 * i, row = first_row + x + 16 * j;
-            if (query < num_queries && row < num_samples)
-                keys[query * num_samples + row] = int64_t(distance[i][j]) << 32 | row;
-        }
 }
 
 }  // namespace
@@ -117,18 +66,10 @@ void hamming_keys(const uint8_t* queries, const uint8_t* database, int64_t num_q
                   int64_t bytes, int64_t* keys, int device, cudaStream_t stream) {
     const DeviceGuard guard(device);
     if (num_samples >= int64_t(1) << 32) throw std::invalid_argument("hamming_topk: expected less than 2^32 samples");
-    if (num_queries < 8) {
-        const auto kernel =
-            bytes % 16 == 0 && aligned(queries, 16) && aligned(database, 16) ? few_queries<true> : few_queries<false>;
-        kernel<<<unsigned(ceil_div<int64_t>(num_samples, kThreads / 32)), kThreads, 0, stream>>>(
-            queries, database, int(num_queries), num_samples, uint32_t(bytes), keys);
-    } else {
-        const auto kernel =
-            bytes % 4 == 0 && aligned(queries, 4) && aligned(database, 4) ? many_queries<true> : many_queries<false>;
-        const dim3 grid(unsigned(ceil_div<int64_t>(num_samples, kTileRows)),
-                        unsigned(ceil_div<int64_t>(num_queries, kTileQueries)));
-        kernel<<<grid, kTileThreads, 0, stream>>>(queries, database, num_queries, num_samples, uint32_t(bytes), keys);
-    }
+    const auto kernel =
+        bytes % 16 == 0 && aligned(queries, 16) && aligned(database, 16) ? few_queries<true> : few_queries<false>;
+    kernel<<<unsigned(ceil_div<int64_t>(num_samples, kThreads / 32)), kThreads, 0, stream>>>(
+        queries, database, int(num_queries), num_samples, uint32_t(bytes), keys);
     check(cudaGetLastError(), "hamming_topk");
 }
 

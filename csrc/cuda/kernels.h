@@ -75,8 +75,16 @@ void embed_bits_backward(const void* grad, int64_t type, const uint8_t* packed, 
 // a (B, n), b (B or 1, n) -> out (B,).
 void hamming_distance(const uint8_t* a, const uint8_t* b, int64_t batch, int64_t b_samples, int64_t bytes, int32_t* out,
                       int device, cudaStream_t stream);
-// queries (Q, n), database (M, n) -> keys (Q, M): distance 2^32 + index, which order as (distance, index) do.
+// Few queries (Q, n), database (M, n) -> keys (Q, M): distance 2^32 + index, which order as (distance, index) do.
 void hamming_keys(const uint8_t* queries, const uint8_t* database, int64_t num_queries, int64_t num_samples,
                   int64_t bytes, int64_t* keys, int device, cudaStream_t stream);
+
+// The search of backends/search.py: rows (M, n), query_bits (Q,) the set bits of queries (Q, n), keys (Q, capacity),
+// counts and limits (Q,). Rows begin and end at multiples of 16 bytes.
+void hamming_candidates(const uint8_t* queries, const uint8_t* rows, const uint32_t* query_bits,
+                        int64_t num_queries, int64_t num_rows, int64_t bytes, int64_t first_row, int64_t* keys,
+                        int64_t capacity, uint32_t* counts, const uint32_t* limits, int device, cudaStream_t stream);
+void hamming_select(int64_t* keys, int64_t num_queries, int64_t capacity, int64_t k, int64_t max_distance,
+                    uint32_t* counts, uint32_t* limits, int device, cudaStream_t stream);
 
 }  // namespace bldm::cuda
