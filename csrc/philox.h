@@ -40,31 +40,46 @@ struct WideProduct {
     }
 };
 
+// The keys of a round, and of the next.
+template <class Word>
+struct Keys {
+    Word key0, key1;
+
+    BLDM_INLINE void next() {
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+};
+
 // Philox4x32-10 (Salmon et al. 2011): replaces the counter c by its random words.
-template <class Word, class Product = WideProduct>
-BLDM_INLINE void philox_4x32_10(Word (&c)[4], Word key0, Word key1, Product product = {}) {
+template <class Word, class RoundKeys, class Product = WideProduct>
+BLDM_INLINE void philox_4x32_10(Word (&c)[4], RoundKeys keys, Product product = {}) {
     for (int round = 0; round < 10; ++round) {
         Word high0, low0, high1, low1;
         product(0xD2511F53u, c[0], high0, low0);
         product(0xCD9E8D57u, c[2], high1, low1);
-        c[0] = high1 ^ c[1] ^ key0;
+        c[0] = high1 ^ c[1] ^ keys.key0;
         c[1] = low1;
-        c[2] = high0 ^ c[3] ^ key1;
+        c[2] = high0 ^ c[3] ^ keys.key1;
         c[3] = low0;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
+        keys.next();
     }
 }
 
 // The block of one packed byte: its index within the sample, and the 64-bit sample index.
+template <class RoundKeys, class Product = WideProduct>
+BLDM_INLINE void random_block(uint32_t draw, const RoundKeys& keys, uint32_t byte, uint64_t sample,
+                              uint32_t (&words)[4], Product product = {}) {
+    words[0] = byte;
+    words[1] = draw;
+    words[2] = uint32_t(sample);
+    words[3] = uint32_t(sample >> 32);
+    philox_4x32_10(words, keys, product);
+}
 template <class Product = WideProduct>
 BLDM_INLINE void random_block(const Stream& stream, uint32_t byte, uint64_t sample, uint32_t (&words)[4],
                               Product product = {}) {
-    words[0] = byte;
-    words[1] = stream.draw;
-    words[2] = uint32_t(sample);
-    words[3] = uint32_t(sample >> 32);
-    philox_4x32_10(words, stream.key0, stream.key1, product);
+    random_block(stream.draw, Keys<uint32_t>{stream.key0, stream.key1}, byte, sample, words, product);
 }
 
 // Lane j of a block, 16 bits: it decides bit j of the byte.

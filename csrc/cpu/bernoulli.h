@@ -59,7 +59,7 @@ struct Draw {
             });
         }
         words[1] = U{} + stream.draw;
-        philox_4x32_10(words, U{} + stream.key0, U{} + stream.key1, VectorProduct());
+        philox_4x32_10(words, Keys<U>{U{} + stream.key0, U{} + stream.key1}, VectorProduct());
         // Within every four positions: words 0..3 of position 0, then of position 1, ...
         const U low01 = interleave<0>(words[0], words[1]), high01 = interleave<2>(words[0], words[1]);
         const U low23 = interleave<0>(words[2], words[3]), high23 = interleave<2>(words[2], words[3]);

@@ -29,6 +29,27 @@ __device__ __forceinline__ Stream uniform_stream(const Scalar& seed, uint32_t pu
     return stream;
 }
 
+// The keys of all rounds, held in the registers that a warp shares: for loops that make many blocks.
+struct HeldKeys {
+    uint32_t key0, key1, all[10][2];
+    int round = 0;
+
+    // Every thread of the warp must call it.
+    __device__ __forceinline__ explicit HeldKeys(const Stream& stream) {
+        Keys<uint32_t> keys{stream.key0, stream.key1};
+#pragma unroll
+        for (int i = 0; i < 10; ++i) {
+            // The reduction also hides from the compiler how simple they are: it would rather add again at every use.
+            all[i][0] = __reduce_or_sync(~0u, keys.key0), all[i][1] = __reduce_or_sync(~0u, keys.key1);
+            keys.next();
+        }
+        key0 = all[0][0], key1 = all[0][1];
+    }
+    __device__ __forceinline__ void next() {
+        if (++round < 10) key0 = all[round][0], key1 = all[round][1];
+    }
+};
+
 // 2^clamp(y): the exponential of the random stream, by fused multiply-adds only.
 __device__ __forceinline__ float exp2_clamped(float y) {
     y = fminf(fmaxf(y, -64.0f), 64.0f);
@@ -111,27 +132,44 @@ struct Filter {
     }
 };
 
-// The same bits by the definition.
-__device__ __forceinline__ uint32_t exact_bits(const Ratio& ratio, const float (&y)[8], const Stream& stream,
-                                               uint32_t byte, uint64_t sample) {
-    uint32_t words[4], tie_words[4], bits = 0;
-    philox_block(stream, byte, sample, words);
-    philox_block(stream.ties(), byte, sample, tie_words);
+// The same bits by the definition, from the block of the byte. The block of ties is made where it matters: 0 < r < d.
+__device__ __forceinline__ uint32_t exact_bits(const Ratio& ratio, const float (&y)[8], const uint32_t (&words)[4],
+                                               const Stream& stream, uint32_t byte, uint64_t sample) {
+    float d[8], r[8];
+    bool tie = false;
+    uint32_t bits = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         const float e = exp2_clamped(y[j]);
-        const float d = __fmul_rn(ratio.denominator(e), 0x1p-16f);
-        const float r = __fmaf_rn(-float(lane(words, j)), d, ratio.numerator(e));
-        bits |= uint32_t(__fmaf_rn(-float(lane(tie_words, j)), __fmul_rn(d, 0x1p-16f), r) > 0) << j;
+        d[j] = __fmul_rn(ratio.denominator(e), 0x1p-16f);
+        r[j] = __fmaf_rn(-float(lane(words, j)), d[j], ratio.numerator(e));
+        bits |= uint32_t(r[j] > 0) << j;
+        tie = tie || (r[j] > 0 && r[j] <= d[j]);
+    }
+    if (tie) {
+        uint32_t tie_words[4];
+        philox_block(stream.ties(), byte, sample, tie_words);
+        bits = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            bits |= uint32_t(__fmaf_rn(-float(lane(tie_words, j)), __fmul_rn(d[j], 0x1p-16f), r[j]) > 0) << j;
     }
     return bits;
 }
 
-__device__ __forceinline__ bool all_finite(const float (&l)[8]) {
-    float sum = 0;  // 0 l is NaN where l is not finite
+__device__ __forceinline__ uint32_t exact_bits(const Ratio& ratio, const float (&y)[8], const Stream& stream,
+                                               uint32_t byte, uint64_t sample) {
+    uint32_t words[4];
+    philox_block(stream, byte, sample, words);
+    return exact_bits(ratio, y, words, stream, byte, sample);
+}
+
+// 0, or NaN if one of the values is not finite: 0 l is NaN then.
+__device__ __forceinline__ float zero_if_finite(const float (&l)[8]) {
+    float sum = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum = fmaf(l[j], 0.0f, sum);
-    return sum == 0;
+    return sum;
 }
 
 }  // namespace bldm::cuda

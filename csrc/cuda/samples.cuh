@@ -107,20 +107,34 @@ struct alignas(16) Eight {
     T item[8];
 };
 
-// Reads `count` values into eight floats (the others are 0). kVector: all eight, 16-byte aligned.
+// Reads `count` values as eight elements in 32-bit words (the others are 0). kVector: all eight, 16-byte aligned.
 template <bool kVector, class T>
-__device__ __forceinline__ void read(const T* __restrict__ from, int count, float (&to)[8]) {
+__device__ __forceinline__ void read_words(const T* __restrict__ from, int count, uint32_t (&to)[2 * sizeof(T)]) {
     if constexpr (kVector) {
-        uint32_t raw[2 * sizeof(T)];
 #pragma unroll
         for (int i = 0; i < int(sizeof(T) / 2); ++i)
-            *reinterpret_cast<uint4*>(raw + 4 * i) = __ldg(reinterpret_cast<const uint4*>(from) + i);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) to[j] = element<T>(raw, j);
+            *reinterpret_cast<uint4*>(to + 4 * i) = __ldg(reinterpret_cast<const uint4*>(from) + i);
     } else {
+        using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+        constexpr int kEach = 4 / sizeof(T);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) to[j] = j < count ? to_float(from[j]) : 0.0f;
+        for (int i = 0; i < int(2 * sizeof(T)); ++i) {
+            to[i] = 0;
+#pragma unroll
+            for (int j = 0; j < kEach; ++j)
+                if (kEach * i + j < count)
+                    to[i] |= uint32_t(reinterpret_cast<const Word*>(from)[kEach * i + j]) << (16 * j);
+        }
     }
+}
+
+// The same as floats.
+template <bool kVector, class T>
+__device__ __forceinline__ void read(const T* __restrict__ from, int count, float (&to)[8]) {
+    uint32_t words[2 * sizeof(T)];
+    read_words<kVector>(from, count, words);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[j] = element<T>(words, j);
 }
 
 template <bool kVector, class T>
