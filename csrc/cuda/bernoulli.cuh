@@ -1,5 +1,4 @@
-// One Bernoulli bit with P = N / D, exactly as docs/random-stream.md defines it, and a cheap test that decides nearly
-// all bits.
+// One Bernoulli bit with P = N / D, exactly as docs/random-stream.md defines it.
 #pragma once
 
 #include "cuda/samples.cuh"
@@ -64,12 +63,6 @@ __device__ __forceinline__ float exp2_clamped(float y) {
     return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
 }
 
-__device__ __forceinline__ float exp2_approximate(float y) {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
-    return e;
-}
-
 // P(x_s != x_t) = N / D of a step, from e = exp(-l / temperature).
 struct Ratio {
     float n0, n01, d0, d01;
@@ -85,54 +78,7 @@ struct Ratio {
     __device__ __forceinline__ float denominator(float e) const { return __fmaf_rn(d0, e, d01); }
 };
 
-// Decides bits by a quick estimate of u D - N, and says when the estimate is too close to zero to be sure.
-//
-// In units of d = D 2^-16, one lane: by definition a bit is set for sure if N >= (h + 1 + 2^-20) d and clear for sure
-// if N <= h d. The estimate is s = (h + 1/2) d - N = h d - N' with N' = N - d / 2, both one fma in e; outside |s| <=
-// (1/2 + error) d its sign decides. Errors, in units of d:
-//   0.04 + 0.02 |P|     d rounded, times h; N' rounded, and its coefficients; N and D of the definition rounded; 2^-20
-//   2^-5 det / (d0 d01) e: ex2.approx (2^-22) against the definition's exponential (1.1e-7), together taken as 2^-19;
-//                       |dP / d log e| <= det / (4 d0 d01)
-//   2^-48 det / d01^2   e below 2^-64, where the definition's stops
-// with det = |n1 d0 - n0 d1|. Where |P| > 2 the terms in |P| are far below |s| itself. So the margin 1/2 + error is
-// 0.625 + the terms in det. Coefficients of another kind give an infinite margin: never sure.
-//
-// The lane enters as the bits of a float: a subnormal, h 2^-149, which saves its conversion. So d carries a factor
-// 2^149, and all of s a factor 2^-72 that keeps d finite for e up to 2^64 and d0 up to 4. An overflow gives a NaN or
-// infinity: not sure. (These kernels must not be built with -ftz=true.)
-struct Filter {
-    float d0, d01, n0, n01, limit0, limit01;
-
-    __device__ __forceinline__ explicit Filter(const Ratio& r) {
-        d0 = r.d0 * 0x1p61f;  // 2^-16 2^149 2^-72
-        d01 = r.d01 * 0x1p61f;
-        n0 = fmaf(-0x1p-17f, r.d0, r.n0) * 0x1p-72f;
-        n01 = fmaf(-0x1p-17f, r.d01, r.n01) * 0x1p-72f;
-        const float det = fabsf(r.n01 * r.d0 - r.n0 * r.d01);
-        const bool regular = r.d0 > 0x1p-30f && r.d01 > 0x1p-30f;  // s stays far from the smallest floats
-        const float error = __fdividef(det, r.d01) * (__fdividef(0x1.1p-5f, r.d0) + __fdividef(0x1.1p-48f, r.d01));
-        const float margin = regular ? 0.625f + error : INFINITY;
-        limit0 = margin * r.d0 * 0x1p-88f;
-        limit01 = margin * r.d01 * 0x1p-88f;
-    }
-
-    // The bits of eight values y = -l log2(e) / temperature and a Philox block; false if one of them is not sure.
-    __device__ __forceinline__ bool decide(const float (&y)[8], const uint32_t (&words)[4], uint32_t& bits) const {
-        bool sure = true;
-        bits = 0;
-#pragma unroll
-        for (int j = 7; j >= 0; --j) {
-            const float e = exp2_approximate(fminf(y[j], 64.0f));
-            const float d = fmaf(d0, e, d01);
-            const float s = fmaf(__uint_as_float(lane(words, j)), d, -fmaf(n0, e, n01));
-            sure = sure && fabsf(s) > fmaf(limit0, e, limit01);   // false for a NaN too
-            bits = __funnelshift_l(__float_as_uint(s), bits, 1);  // the sign is the bit
-        }
-        return sure;
-    }
-};
-
-// The same bits by the definition, from the block of the byte. The block of ties is made where it matters: 0 < r < d.
+// Eight bits from the block of their byte. The block of ties is made where it matters: 0 < r < d.
 __device__ __forceinline__ uint32_t exact_bits(const Ratio& ratio, const float (&y)[8], const uint32_t (&words)[4],
                                                const Stream& stream, uint32_t byte, uint64_t sample) {
     float d[8], r[8];

@@ -1,8 +1,15 @@
 """The cheap test that decides nearly all bits, for kernels that draw many.
 
-It is `Filter` of csrc/cuda/bernoulli.cuh, where its error is derived: with h the 16-bit lane of a bit and d = D 2^-16, the
-estimate s = (h + 1/2) d - N decides the bit by its sign wherever |s| > (0.625 + error) d. That is not so for one bit in
-50,000, which is drawn by the definition (`common.bernoulli`).
+With h the 16-bit lane of a bit and d = D 2^-16, the definition sets a bit for sure if N >= (h + 1 + 2^-20) d and clears it
+for sure if N <= h d. The estimate s = (h + 1/2) d - N decides it by its sign wherever |s| > (1/2 + error) d. That is not so
+for one bit in 50,000, which is drawn by the definition (`common.bernoulli`). Errors, in units of d, det = |n1 d0 - n0 d1|:
+
+    0.04 + 0.02 |P|         d rounded, times h; d / 2 - N rounded, and its coefficients; N and D of the definition; 2^-20
+    2^-5 det / (d0 d01) e   exp2 of the device (2^-22) against the definition's (1.1e-7), together taken as 2^-19;
+                            |dP / d log e| <= det / (4 d0 d01)
+    2^-48 det / d01^2       e below 2^-64, where the definition's stops
+
+Where |P| > 2 the terms in |P| are far below |s| itself, so the margin is 0.625 + the terms in det.
 """
 
 import triton
