@@ -81,6 +81,23 @@ def test_case(target: Target, case: Case) -> None:
     check(case, target)
 
 
+@pytest.mark.parametrize("channels", [24, 100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.fast], ids=str, indirect=True)
+def test_product_of_more_rows_than_run_at_a_time(target: Target, dtype: torch.dtype, channels: int) -> None:
+    """A GPU's threads go through the rows in several turns; the gradient adds up all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 2, (150_000 if target.device == "cuda" else 300, channels), generator=generator, dtype=torch.uint8)
+    weight = torch.randn(channels, 8, generator=generator).to(target.device, dtype).requires_grad_()
+    x = x.to(target.device)
+    out = bk.embed_bits(bk.pack_bits(x), weight)
+    grad = torch.randn(out.shape, generator=generator).to(out)
+    (got,) = torch.autograd.grad(out, weight, grad)
+    signs = 2 * x.double() - 1
+    assert_close(out.detach(), signs @ weight.detach().double(), equal_nan=False)
+    assert_close(got, signs.T @ grad.double(), equal_nan=False)
+
+
 @pytest.mark.parametrize("op", ["flip_probability", "flip_loss", "embed_bits", "binarize_straight_through"])
 def test_float64_runs_on_the_reference(op: str) -> None:
     """float64 needs no forced backend: the reference takes it."""

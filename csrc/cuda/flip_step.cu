@@ -339,7 +339,7 @@ void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t bat
         with_options<T>(vector, u != nullptr, x0_prediction, keep_mask != nullptr, [&](auto options) {
             using O = decltype(options);
             if (few) {
-                return launch_early(few_bytes<O>, unsigned(ceil_div<int64_t>(total, kThreads)), kThreads, stream, l, u, a);
+                return launch_early(few_bytes<O>, unsigned(ceil_div<int64_t>(total, kThreads)), kThreads, device, stream, l, u, a);
             }
             const unsigned blocks = unsigned(std::min(resident, groups));
             with_flag(bytes % kTurnBytes == 0,

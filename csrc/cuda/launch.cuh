@@ -42,26 +42,25 @@ inline int processors(int device) {
 }
 
 // Launches a kernel that may start before the one in front of it has ended, so that its own start costs less: it must
-// call `wait_for_inputs` before it touches memory. For small kernels, where that is a good part of the time.
+// call `wait_for_inputs` before it touches memory. For small kernels, where that is a good part of the time. Devices before
+// compute capability 9.0 launch it as any other.
 template <class... Parameters, class... Args>
-void launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
+void launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int device, cudaStream_t stream,
                   const Args&... args) {
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.stream = stream;
-    config.attrs = &early, config.numAttrs = 1;
+    config.attrs = &early, config.numAttrs = compute_capability(device) >= 90;
     check(cudaLaunchKernelEx(&config, kernel, args...), "launch");
 }
 
-#if defined(__CUDACC__)
 __device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-#endif
 
 // Calls f with a value of the element type, whose type f reads off.
 template <class F>
