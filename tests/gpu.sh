@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Is this GPU machine fine? Builds the extension in place, prints what there is, runs the whole test suite with nothing skipped for
-# want of a GPU, and compute-sanitizer over a reduced set. Logs go to the folder given (default: out/gpu). The tests against
-# diffusers and vector_quantize_pytorch run where these are installed.
+# want of a GPU, compute-sanitizer over a reduced set, and the benchmarks. Logs and benchmark.csv go to the folder given
+# (default: out/gpu). The tests against diffusers and vector_quantize_pytorch run where these are installed. SKIP_SANITIZER=1 and
+# SKIP_BENCHMARK=1 leave these out, TESTS="tests -k cuda" chooses among the tests.
 #
 #     bash tests/gpu.sh [folder]
 set -uo pipefail
@@ -25,11 +26,16 @@ step build 300 env BLDM_BUILD_CPU=1 BLDM_BUILD_CUDA=1 "$python" setup.py build_e
 step doctor 60 "$python" -m bldm_kernels
 cat "$out/doctor.log"
 step tests 600 env BLDM_TEST_REQUIRE_GPU=1 BLDM_TEST_ALLOW_MISSING=diffusers,vector_quantize_pytorch \
-    "$python" -m pytest -q -n "${WORKERS:-8}" --durations=15 tests
+    "$python" -m pytest -q -n "${WORKERS:-8}" --durations=15 ${TESTS:-tests}
 tail -n 5 "$out/tests.log"
 if [ -z "${SKIP_SANITIZER:-}" ]; then
     for tool in memcheck racecheck initcheck synccheck; do
         step "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tests/sanitize.py
     done
+fi
+if [ -z "${SKIP_BENCHMARK:-}" ]; then
+    rm -f "$out/benchmark.csv"
+    step benchmark 600 "$python" -m bldm bench --size all --out "$out/benchmark.csv" ${COMMIT:+--commit "$COMMIT"}
+    cat "$out/benchmark.log"
 fi
 exit $status
