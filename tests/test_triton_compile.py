@@ -79,7 +79,7 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     for num_bytes in (2048, 7):
         a, count = packed(64, num_bytes), torch.zeros(64, dtype=torch.int32)
         yield hamming.hamming_distance, (a, a[:1], count)
-        for queries in (a[:1], a[:20]):
+        for queries in (a[:1], a[:40]):
             shape = (len(queries), 3)
             nearest = (torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int64))
             yield hamming.hamming_topk, (queries, a, 3, *nearest)
