@@ -6,6 +6,7 @@ logits (B, R, C), packed (B, R, P) with P = ceil(C / 8), coefficients (1 or B, 4
 arguments before they come here; the dispatcher key is the composite one, so every device and every torch tool works.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,20 @@ _library = torch.library.Library("bldm", "DEF")
 _RANDOM = "SymInt seed, SymInt step, SymInt sample_offset, Tensor? seed_tensor, Tensor? step_tensor"
 
 
-def _define(name: str, arguments: str, run: Callable[..., None], allocate: Callable[..., Any], *, out: bool) -> None:
-    """Define `name` (allocates, then runs), and with `out` also `name_out` (writes into the caller's tensor)."""
+def _define(
+    name: str, arguments: str, run: Callable[..., None], allocate: Callable[..., Any], *, out: bool
+) -> Callable[..., Any]:
+    """Define `name` (allocates, then runs), and with `out` also `name_out` (writes into the caller's tensor).
+
+    Returns what the op does on tensors that have no gradient: allocate and run.
+    """
 
     def functional(*args: Any) -> Any:
         result = allocate(*args)
         run(*args, *(result if isinstance(result, tuple) else (result,)))
         return result
 
-    results = "(Tensor, Tensor)" if name == "hamming_topk" else "Tensor"
+    results = "(Tensor, Tensor)" if name in ("flip_loss", "hamming_topk") else "Tensor"
     _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, functional, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bldm::{name}", allocate, lib=_library)
@@ -39,6 +45,7 @@ def _define(name: str, arguments: str, run: Callable[..., None], allocate: Calla
         _library.define(f"{name}_out({arguments}, *, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(f"{name}_out", write, "CompositeExplicitAutograd")
         torch.library.register_fake(f"bldm::{name}_out", lambda *args, out: None, lib=_library)
+    return functional
 
 
 # --- packed bits -----------------------------------------------------------------------------------------------------
@@ -193,7 +200,9 @@ def _run_flip_probability(
 
 
 _PROBABILITY_ARGUMENTS = "Tensor logits, Tensor x_t, Tensor coefficients, float temperature, bool x0_prediction"
-_define("flip_probability", _PROBABILITY_ARGUMENTS, _run_flip_probability, _allocate_flip_probability, out=False)
+run_flip_probability = _define(
+    "flip_probability", _PROBABILITY_ARGUMENTS, _run_flip_probability, _allocate_flip_probability, out=False
+)
 
 
 def _run_flip_probability_backward(
@@ -215,7 +224,7 @@ def _allocate_like_logits(grad: Tensor, logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-_define(
+run_flip_probability_backward = _define(
     "flip_probability_backward",
     f"Tensor grad, {_PROBABILITY_ARGUMENTS}",
     _run_flip_probability_backward,
@@ -304,24 +313,60 @@ def _straight_through_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, No
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
-_LOSS_ARGUMENTS = "Tensor logits, Tensor x_0, Tensor x_t, float focal_gamma, bool balanced, bool x0_prediction"
+_LOSS_INPUTS = "Tensor logits, Tensor x_0, Tensor x_t, Tensor? weight"
+
+
+def _loss_factor(logits: Tensor, reduction: str) -> float:
+    """The loss is this times the sum over the bits: of a sample, or of all."""
+    if reduction == "sum":
+        return 1.0
+    return (len(logits) if reduction == "sample" else 1) / logits.numel()
 
 
 def _run_flip_loss(
-    logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool, out: Tensor
+    logits: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    weight: Tensor | None,
+    focal_gamma: float,
+    balanced: bool,
+    x0_prediction: bool,
+    reduction: str,
+    loss: Tensor,
+    set_fraction: Tensor,
 ) -> None:
-    if logits.numel():
-        kernel = select("flip_loss", out.device, logits.dtype)
-        kernel(as_rows(logits), as_rows(x_0), as_rows(x_t), focal_gamma, balanced, x0_prediction, out)
-    else:
-        out.zero_()
+    if not logits.numel():
+        loss.fill_(math.nan if reduction == "mean" and not len(logits) else 0.0)
+        set_fraction.zero_()
+        return
+    kernel = select("flip_loss", loss.device, logits.dtype)
+    rows = (as_rows(logits), as_rows(x_0), as_rows(x_t))
+    weight = None if weight is None else weight.to(loss.dtype).contiguous()
+    fraction = set_fraction if balanced else None
+    kernel(*rows, weight, focal_gamma, x0_prediction, _loss_factor(logits, reduction), loss, fraction)
 
 
-_define(
+def _allocate_flip_loss(
+    logits: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    weight: Tensor | None,
+    focal_gamma: float,
+    balanced: bool,
+    x0_prediction: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the fraction of set targets of every sample, which the backward of the balanced form needs."""
+    batch, dtype = logits.shape[0], result_dtype(logits)
+    loss = logits.new_empty((batch,) if reduction == "sample" else (), dtype=dtype)
+    return loss, logits.new_empty((batch if balanced else 0,), dtype=dtype)
+
+
+run_flip_loss = _define(
     "flip_loss",
-    _LOSS_ARGUMENTS,
+    f"{_LOSS_INPUTS}, float focal_gamma, bool balanced, bool x0_prediction, str reduction",
     _run_flip_loss,
-    lambda logits, *args: logits.new_empty(logits.shape[:1], dtype=result_dtype(logits)),
+    _allocate_flip_loss,
     out=False,
 )
 
@@ -331,18 +376,31 @@ def _run_flip_loss_backward(
     logits: Tensor,
     x_0: Tensor,
     x_t: Tensor,
+    weight: Tensor | None,
+    set_fraction: Tensor,
     focal_gamma: float,
-    balanced: bool,
     x0_prediction: bool,
+    reduction: str,
     out: Tensor,
 ) -> None:
+    """`grad` belongs to the loss, one element or (B,); `set_fraction` is what `flip_loss` returned, (B,) or empty."""
     if out.numel():
         kernel = select("flip_loss_backward", out.device, logits.dtype)
+        dtype = result_dtype(logits)
         rows = (as_rows(logits), as_rows(x_0), as_rows(x_t))
-        kernel(grad.contiguous(), *rows, focal_gamma, balanced, x0_prediction, as_rows(out))
+        weight = None if weight is None else weight.to(dtype).contiguous()
+        fraction = set_fraction if set_fraction.numel() else None
+        options = (focal_gamma, x0_prediction, _loss_factor(logits, reduction))
+        kernel(grad.to(dtype).contiguous(), *rows, weight, fraction, *options, as_rows(out))
 
 
-_define("flip_loss_backward", f"Tensor grad, {_LOSS_ARGUMENTS}", _run_flip_loss_backward, _allocate_like_logits, out=False)
+run_flip_loss_backward = _define(
+    "flip_loss_backward",
+    f"Tensor grad, {_LOSS_INPUTS}, Tensor set_fraction, float focal_gamma, bool x0_prediction, str reduction",
+    _run_flip_loss_backward,
+    _allocate_like_logits,
+    out=False,
+)
 
 
 # --- products with bits, distances -----------------------------------------------------------------------------------
@@ -418,26 +476,6 @@ _define(
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
-def _flip_probability_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, x_t, coefficients, ctx.temperature, ctx.x0_prediction = inputs
-    ctx.save_for_backward(logits, x_t, coefficients)
-
-
-def _flip_probability_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradient = torch.ops.bldm.flip_probability_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.x0_prediction)
-    return gradient, None, None, None, None
-
-
-def _flip_loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _flip_loss_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradient = torch.ops.bldm.flip_loss_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return gradient, None, None, None, None, None
-
-
 def _embed_bits_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     packed, weight, bias, ctx.signed = inputs
     ctx.num_bits, ctx.has_bias = weight.shape[0], bias is not None
@@ -452,8 +490,6 @@ def _embed_bits_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 for _name, _context, _backward in (
     ("straight_through", _straight_through_context, _straight_through_backward),
-    ("flip_probability", _flip_probability_context, _flip_probability_grad),
-    ("flip_loss", _flip_loss_context, _flip_loss_grad),
     ("embed_bits", _embed_bits_context, _embed_bits_grad),
 ):
     torch.library.register_autograd(f"bldm::{_name}", _backward, setup_context=_context, lib=_library)

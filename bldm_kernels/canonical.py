@@ -14,6 +14,8 @@ def result_dtype(logits: Tensor) -> torch.dtype:
 
 def as_rows(x: Tensor) -> Tensor:
     """(B, ..., K) -> (B, R, K) contiguous."""
+    if x.dim() == 3 and x.is_contiguous():  # as it mostly is
+        return x
     rows = 1
     for size in x.shape[1:-1]:
         rows *= size

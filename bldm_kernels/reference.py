@@ -198,32 +198,59 @@ def _margin(logits: Tensor, x_0: Tensor, x_t: Tensor, x0_prediction: bool) -> tu
     return 2 * target - 1, target
 
 
-def _class_weight(target: Tensor, balanced: bool) -> Tensor:
+def _class_weight(target: Tensor, set_fraction: Tensor | None) -> Tensor:
     """1 - r where the target is set and r where it is not, r the set fraction of the sample (the paper's own loss)."""
-    if not balanced:
+    if set_fraction is None:
         return torch.ones_like(target)
-    r = target.mean((1, 2), keepdim=True)
+    r = set_fraction.to(target.dtype).view(-1, 1, 1)
     return torch.where(target > 0, 1 - r, r)
 
 
-def flip_loss(logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool) -> Tensor:
-    """(B,) mean over a sample's bits of  weight * q^gamma * softplus(-m),  m the margin, q = sigmoid(-m)."""
+def flip_loss(
+    logits: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    weight: Tensor | None,
+    focal_gamma: float,
+    balanced: bool,
+    x0_prediction: bool,
+    factor: float,
+    total: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(B,) factor * weight of the sample * its sum of  class weight * q^gamma * softplus(-m),  m the margin, q = sigmoid(-m).
+
+    With `total` the sum of these, a scalar. And, if balanced, (B,) the fraction of set targets.
+    """
     sign, target = _margin(logits, x_0, x_t, x0_prediction)
+    set_fraction = target.mean((1, 2)) if balanced else None
     m = sign * logits.to(sign.dtype)
     bits = torch.nn.functional.softplus(-m) * torch.sigmoid(-m) ** focal_gamma
-    return (bits * _class_weight(target, balanced)).mean((1, 2))
+    losses = factor * (bits * _class_weight(target, set_fraction)).sum((1, 2))
+    if weight is not None:
+        losses = losses * weight
+    return losses.sum() if total else losses, set_fraction
 
 
 def flip_loss_backward(
-    grad: Tensor, logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool
+    grad: Tensor,
+    logits: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    weight: Tensor | None,
+    set_fraction: Tensor | None,
+    focal_gamma: float,
+    x0_prediction: bool,
+    factor: float,
 ) -> Tensor:
-    """d flip_loss / d logits = -sign * weight * q^gamma (q + gamma (1 - q) softplus(-m)) / (R C)."""
+    """d flip_loss / d logits = -sign * factor * weight * class weight * q^gamma (q + gamma (1 - q) softplus(-m)), times grad."""
     sign, target = _margin(logits, x_0, x_t, x0_prediction)
     m = sign * logits.to(sign.dtype)
     q = torch.sigmoid(-m)
     slope = q**focal_gamma * (q + focal_gamma * torch.sigmoid(m) * torch.nn.functional.softplus(-m))
-    scale = grad.to(sign.dtype).view(-1, 1, 1) / max(logits[0].numel() if len(logits) else 1, 1)
-    return -sign * _class_weight(target, balanced) * slope * scale
+    scale = factor * grad.to(sign.dtype).view(-1, 1, 1)
+    if weight is not None:
+        scale = scale * weight.view(-1, 1, 1)
+    return -sign * _class_weight(target, set_fraction) * slope * scale
 
 
 # --- products with bits, distances -----------------------------------------------------------------------------------

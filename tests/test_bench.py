@@ -142,6 +142,8 @@ def test_on_a_gpu() -> None:
         table.flip_step(shape, dtype),
         table.flip_step(shape, dtype, in_graph=True),
         table.flip_loss(shape, dtype),
+        table.flip_loss(shape, dtype, balanced=True, in_graph=True),
+        table.flip_probability(shape, dtype, in_graph=True),
         table.embed_bits(shape, 96, dtype),
         table.hamming_topk(3, 100, 50),
     ]
@@ -216,7 +218,9 @@ def test_every_op_has_its_cases_on_a_gpu() -> None:
         assert {case.op for case in cases(size, cuda)} == set(OPS)
     every = cases("all", cuda)
     assert len({(case.op, case.config) for case in every}) == len(every)
-    assert [case.op for case in every if case.in_graph] == ["flip_step"]
+    training = ["flip_probability", "flip_loss", "flip_loss"]
+    assert [case.op for case in every if case.in_graph] == ["flip_step", *training, *training]
+    assert not any(case.in_graph for case in cases("all", CPU))
 
 
 # --- result files, pictures, the command ------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """Arguments of every operator, by name: what opcheck runs."""
     packed = {"out": torch.zeros(B, R, P, dtype=torch.uint8)}
     p = torch.tensor([0.1, 0.7])
-    loss = (bits(1), bits(2), 1.5, True, False)
+    loss = (bits(1), bits(2), p)
     calls: dict[str, list[tuple[Any, ...]]] = {
         "pack_bits": [(logits(), -1), (logits(), 1)],
         "unpack_bits": [(bits(), C, torch.float16, -1), (bits(), C, torch.int64, 1)],
@@ -57,8 +57,14 @@ def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         "add_noise": [(bits(), p, C, *DRAW), (bits(), p, C, 0, 0, 1, torch.tensor([5]), torch.tensor([3]))],
         "binarize": [(logits(), -1, True, *DRAW), (logits(), 1, False, *DRAW)],
         "straight_through": [(logits(gradient=True), bits(), 2)],
-        "flip_loss": [(logits(gradient=True), *loss)],
-        "flip_loss_backward": [(torch.ones(B), logits(), *loss)],
+        "flip_loss": [
+            (logits(gradient=True), *loss, 1.5, True, False, "mean"),
+            (logits(gradient=True), *loss[:2], None, 0.0, False, True, "sample"),
+        ],
+        "flip_loss_backward": [
+            (torch.ones(()), logits(), *loss, p, 1.5, False, "mean"),
+            (torch.ones(B), logits(), *loss[:2], None, p[:0], 0.0, True, "sample"),
+        ],
         "embed_bits": [(bits(), weight(True), None, True), (bits(), weight(True), torch.ones(5).requires_grad_(), False)],
         "embed_bits_backward": [(torch.randn(B, R, 5), bits(), C, True)],
         "hamming_distance": [(bits(1), bits(2))],

@@ -69,8 +69,11 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield probability.flip_probability, (logits, x, coefficients, 1.0, special, logits.float())
         yield probability.flip_probability_backward, (logits.float(), logits, x, coefficients, 1.0, special, logits)
         for gamma in (0.0, 2.0):
-            yield loss.flip_loss, (logits, x, x, gamma, special, special, torch.zeros(2))
-            yield loss.flip_loss_backward, (torch.zeros(2), logits, x, x, gamma, special, special, logits)
+            samples = torch.zeros(2)
+            optional = (samples, samples) if special else (None, None)
+            total = samples if special else torch.zeros(())
+            yield loss.flip_loss, (logits, x, x, optional[0], gamma, special, 1.0, total, optional[1])
+            yield loss.flip_loss_backward, (total, logits, x, x, *optional, gamma, special, 1.0, logits)
         for bias in (None, torch.zeros(768, dtype=dtype)):
             rows, weight = x.flatten(0, 1), torch.zeros(channels, 768, dtype=dtype)
             yield embed.embed_bits, (rows, weight, bias, special, torch.zeros(512, 768, dtype=dtype))

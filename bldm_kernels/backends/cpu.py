@@ -142,25 +142,36 @@ def _kernels(native: ModuleType) -> dict[str, Callable[..., None]]:
         native.flip_probability_backward(grad.data_ptr(), *values, *options, out.data_ptr(), threads())
 
     def flip_loss(
-        logits: Tensor, x_0: Tensor, x_t: Tensor, focal_gamma: float, balanced: bool, x0_prediction: bool, out: Tensor
+        logits: Tensor,
+        x_0: Tensor,
+        x_t: Tensor,
+        weight: Tensor | None,
+        focal_gamma: float,
+        x0_prediction: bool,
+        factor: float,
+        out: Tensor,
+        set_fraction: Tensor | None,
     ) -> None:
         values = (logits.data_ptr(), FLOAT_TYPES[logits.dtype], x_0.data_ptr(), x_t.data_ptr(), *logits.shape)
-        native.flip_loss(*values, focal_gamma, balanced, x0_prediction, out.data_ptr(), threads())
+        options = (_address(weight), focal_gamma, x0_prediction, factor, out.dim() == 0)
+        results = (out.data_ptr(), _address(set_fraction))
+        native.flip_loss(*values, *options, *results, threads())
 
     def flip_loss_backward(
         grad: Tensor,
         logits: Tensor,
         x_0: Tensor,
         x_t: Tensor,
+        weight: Tensor | None,
+        set_fraction: Tensor | None,
         focal_gamma: float,
-        balanced: bool,
         x0_prediction: bool,
+        factor: float,
         out: Tensor,
     ) -> None:
-        grad = grad.float()
         values = (logits.data_ptr(), FLOAT_TYPES[logits.dtype], x_0.data_ptr(), x_t.data_ptr(), *logits.shape)
-        options = (focal_gamma, balanced, x0_prediction)
-        native.flip_loss_backward(grad.data_ptr(), *values, *options, out.data_ptr(), threads())
+        options = (_address(weight), _address(set_fraction), focal_gamma, x0_prediction, factor)
+        native.flip_loss_backward(grad.data_ptr(), grad.numel(), *values, *options, out.data_ptr(), threads())
 
     def embed_bits(packed: Tensor, weight: Tensor, bias: Tensor | None, signed: bool, out: Tensor) -> None:
         values = (packed.data_ptr(), weight.data_ptr(), FLOAT_TYPES[weight.dtype], _address(bias))

@@ -107,6 +107,24 @@ def binarize(
     out.copy_(reference.pack_bits(reference.binarize(rows, bernoulli, *draw)))
 
 
+def flip_loss(
+    logits: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    weight: Tensor | None,
+    focal_gamma: float,
+    x0_prediction: bool,
+    factor: float,
+    out: Tensor,
+    set_fraction: Tensor | None,
+) -> None:
+    options = (focal_gamma, set_fraction is not None, x0_prediction, factor, out.dim() == 0)
+    loss, fraction = reference.flip_loss(logits, x_0, x_t, weight, *options)
+    out.copy_(loss)
+    if set_fraction is not None and fraction is not None:
+        set_fraction.copy_(fraction)
+
+
 def hamming_topk(queries: Tensor, database: Tensor, k: int, distances: Tensor, indices: Tensor) -> None:
     nearest = reference.hamming_topk(queries, database, k)
     distances.copy_(nearest[0])
@@ -119,14 +137,13 @@ def load() -> Backend:
         for name in (
             "flip_probability",
             "flip_probability_backward",
-            "flip_loss",
             "flip_loss_backward",
             "embed_bits",
             "embed_bits_backward",
             "hamming_distance",
         )
     }
-    for kernel in (pack_bits, unpack_bits, random_bits, flip_step, add_noise, binarize, hamming_topk):
+    for kernel in (pack_bits, unpack_bits, random_bits, flip_step, add_noise, binarize, flip_loss, hamming_topk):
         kernels[kernel.__name__] = kernel
     details = f"the reference in PyTorch {torch.__version__}, every device, float64 too"
     return Backend("torch", ("cpu", "cuda"), None, kernels, details, float64=True)

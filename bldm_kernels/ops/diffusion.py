@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import _shortcut, checks
 from ..canonical import num_bytes
 
 PREDICTIONS = ("flip", "x_0")
@@ -144,7 +144,7 @@ def flip_probability(
     _check_coefficients(coefficients, logits)
     checks.option("prediction", prediction, PREDICTIONS)
     temperature = checks.positive("temperature", temperature)
-    return torch.ops.bldm.flip_probability(logits, x_t, coefficients, temperature, prediction == "x_0")
+    return _shortcut.flip_probability(logits, x_t, coefficients, temperature, prediction == "x_0")
 
 
 def add_noise(

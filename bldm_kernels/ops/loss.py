@@ -1,9 +1,8 @@
 """flip_loss: the training loss of a Bernoulli diffusion, straight from packed bits."""
 
-import torch
 from torch import Tensor
 
-from .. import checks
+from .. import _shortcut, checks
 from .diffusion import PREDICTIONS
 
 
@@ -48,9 +47,10 @@ def flip_loss(
         checks.floating("weight", weight)
         checks.shape("weight", weight, logits.shape[:1], "one a sample")
         checks.same_device("weight", weight, "logits", logits)
-    losses = torch.ops.bldm.flip_loss(logits, x_0, x_t, gamma, balanced, prediction == "x_0")
-    if weight is not None:
-        losses = losses * weight
+    options = (gamma, balanced, prediction == "x_0")
+    if weight is None or not weight.requires_grad:
+        return _shortcut.flip_loss(logits, x_0, x_t, weight, *options, reduction)[0]
+    losses = _shortcut.flip_loss(logits, x_0, x_t, None, *options, "sample")[0] * weight
     if reduction == "sample":
         return losses
     if reduction == "mean":

@@ -44,36 +44,34 @@ BLDM_INLINE GroupBits targets(const uint8_t* x_0, const uint8_t* x_t, bool x0_pr
     return target;
 }
 
-// Weights of the set and of the other targets of every sample: 1 - r and r, r the set fraction; or 1 and 1.
-struct ClassWeights {
-    std::vector<float> set_fraction;
-
-    ClassWeights(const Shape& shape, const uint8_t* x_0, const uint8_t* x_t, bool balanced, bool x0_prediction, int threads) {
-        if (!balanced) return;
-        const Tasks tasks(shape, true);
-        std::vector<int64_t> counts(size_t(tasks.count), 0);
-        for_groups(shape, true, threads, [&](const Group& group, int64_t task) {
-            GroupBits target = targets(x_0, x_t, x0_prediction, group);
-            target.clear_padding(shape, group);
-            for (int b = 0; b < group.count; ++b) counts[size_t(task)] += __builtin_popcount(target.bytes[b]);
-        });
-        set_fraction.resize(size_t(shape.batch));
-        for (int64_t sample = 0; sample < shape.batch; ++sample) {
-            int64_t set = 0;
-            for (int64_t chunk = 0; chunk < tasks.chunks; ++chunk) set += counts[size_t(sample * tasks.chunks + chunk)];
-            set_fraction[size_t(sample)] = float(double(set) / double(shape.rows * shape.channels));
-        }
+// The fraction of set targets of every sample.
+void count_set(const Shape& shape, const uint8_t* x_0, const uint8_t* x_t, bool x0_prediction, float* set_fraction,
+               int threads) {
+    const Tasks tasks(shape, true);
+    std::vector<int64_t> counts(size_t(tasks.count), 0);
+    for_groups(shape, true, threads, [&](const Group& group, int64_t task) {
+        GroupBits target = targets(x_0, x_t, x0_prediction, group);
+        target.clear_padding(shape, group);
+        for (int b = 0; b < group.count; ++b) counts[size_t(task)] += __builtin_popcount(target.bytes[b]);
+    });
+    for (int64_t sample = 0; sample < shape.batch; ++sample) {
+        int64_t set = 0;
+        for (int64_t chunk = 0; chunk < tasks.chunks; ++chunk) set += counts[size_t(sample * tasks.chunks + chunk)];
+        set_fraction[sample] = float(double(set) / double(shape.rows * shape.channels));
     }
-    BLDM_INLINE float of_set(int64_t sample) const { return set_fraction.empty() ? 1 : 1 - set_fraction[size_t(sample)]; }
-    BLDM_INLINE float of_others(int64_t sample) const { return set_fraction.empty() ? 1 : set_fraction[size_t(sample)]; }
-};
+}
+
+// Weights of the set and of the other targets of a sample: 1 - r and r, r the set fraction; or 1 and 1.
+BLDM_INLINE float of_set(const float* set_fraction, int64_t sample) { return set_fraction ? 1 - set_fraction[sample] : 1; }
+BLDM_INLINE float of_others(const float* set_fraction, int64_t sample) { return set_fraction ? set_fraction[sample] : 1; }
 
 }  // namespace
 
 void flip_loss(const void* logits, int64_t type, const uint8_t* x_0, const uint8_t* x_t, int64_t batch, int64_t rows,
-               int64_t channels, float focal_gamma, bool balanced, bool x0_prediction, float* out, int threads) {
+               int64_t channels, const float* weight, float focal_gamma, bool x0_prediction, double factor, bool total,
+               float* out, float* set_fraction, int threads) {
     const Shape shape{batch, rows, channels};
-    const ClassWeights weights(shape, x_0, x_t, balanced, x0_prediction, threads);
+    if (set_fraction) count_set(shape, x_0, x_t, x0_prediction, set_fraction, threads);
     const Tasks tasks(shape, true);
     std::vector<double> sums(size_t(tasks.count), 0.0);  // one a task, added up in order: the same for any thread count
     with_type(type, [&](auto zero) {
@@ -85,31 +83,36 @@ void flip_loss(const void* logits, int64_t type, const uint8_t* x_0, const uint8
             GroupBits present;
             for (int b = 0; b < kLanes; ++b) present.bytes[b] = b < group.count ? 0xFF : 0;
             present.clear_padding(shape, group);
-            const F of_set = splat(weights.of_set(group.sample)), of_others = splat(weights.of_others(group.sample));
-            F total{};
+            const F set_weight = splat(of_set(set_fraction, group.sample));
+            const F other_weight = splat(of_others(set_fraction, group.sample));
+            F group_sum{};
             for (int v = 0; v < 8; ++v) {
                 const I set = lanes_of(target.get(v));
                 const F l = load(values + v * kLanes);
                 const Terms terms(set ? l : -l, focal_gamma);
-                const F loss = terms.softplus * terms.focal * (set ? of_set : of_others);
-                total += F(U(loss) & U(lanes_of(present.get(v))));
+                const F loss = terms.softplus * terms.focal * (set ? set_weight : other_weight);
+                group_sum += F(U(loss) & U(lanes_of(present.get(v))));
             }
-            sums[size_t(task)] += double(sum(total));
+            sums[size_t(task)] += double(sum(group_sum));
         });
     });
+    double result = 0;
     for (int64_t sample = 0; sample < batch; ++sample) {
-        double total = 0;
-        for (int64_t chunk = 0; chunk < tasks.chunks; ++chunk) total += sums[size_t(sample * tasks.chunks + chunk)];
-        out[sample] = float(total / double(rows * channels));
+        double loss = 0;
+        for (int64_t chunk = 0; chunk < tasks.chunks; ++chunk) loss += sums[size_t(sample * tasks.chunks + chunk)];
+        loss *= factor * (weight ? double(weight[sample]) : 1.0);
+        if (!total) out[sample] = float(loss);
+        result += loss;
     }
+    if (total) *out = float(result);
 }
 
-// d / dl = -sign weight q^gamma (q + gamma (1 - q) softplus(-m)) grad / (R C)
-void flip_loss_backward(const float* grad, const void* logits, int64_t type, const uint8_t* x_0, const uint8_t* x_t,
-                        int64_t batch, int64_t rows, int64_t channels, float focal_gamma, bool balanced,
-                        bool x0_prediction, void* out, int threads) {
+// d / dl = -sign weight q^gamma (q + gamma (1 - q) softplus(-m)) grad
+void flip_loss_backward(const float* grad, int64_t grads, const void* logits, int64_t type, const uint8_t* x_0,
+                        const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels, const float* weight,
+                        const float* set_fraction, float focal_gamma, bool x0_prediction, double factor, void* out,
+                        int threads) {
     const Shape shape{batch, rows, channels};
-    const ClassWeights weights(shape, x_0, x_t, balanced, x0_prediction, threads);
     with_type(type, [&](auto zero) {
         using T = decltype(zero);
         for_groups(shape, true, threads, [&](const Group& group, int64_t) {
@@ -117,15 +120,15 @@ void flip_loss_backward(const float* grad, const void* logits, int64_t type, con
             const GroupBits target = targets(x_0, x_t, x0_prediction, group);
             const T* values = group.gather(static_cast<const T*>(logits), shape, buffer);
             T* result = group.target(static_cast<T*>(out), shape, out_buffer);
-            const float scale = grad[group.sample] / float(rows * channels);
-            const F of_set = splat(-scale * weights.of_set(group.sample));
-            const F of_others = splat(scale * weights.of_others(group.sample));
+            const float scale = float(factor) * grad[grads > 1 ? group.sample : 0] * (weight ? weight[group.sample] : 1);
+            const F set_scale = splat(-scale * of_set(set_fraction, group.sample));
+            const F other_scale = splat(scale * of_others(set_fraction, group.sample));
             for (int v = 0; v < 8; ++v) {
                 const I set = lanes_of(target.get(v));
                 const F l = load(values + v * kLanes);
                 const Terms terms(set ? l : -l, focal_gamma);
                 const F slope = terms.focal * (terms.q + focal_gamma * (1.0f - terms.q) * terms.softplus);
-                store(result + v * kLanes, slope * (set ? of_set : of_others));
+                store(result + v * kLanes, slope * (set ? set_scale : other_scale));
             }
             group.scatter(static_cast<T*>(out), shape, result);
         });

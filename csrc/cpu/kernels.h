@@ -45,12 +45,14 @@ struct Kernels {
                                       int64_t coefficient_rows, float scale, float temperature, bool x0_prediction,
                                       void* out, int threads);
 
+    // As the CUDA kernels of the same names (cuda/kernels.h); a weight or set_fraction may be null.
     void (*flip_loss)(const void* logits, int64_t type, const uint8_t* x_0, const uint8_t* x_t, int64_t batch,
-                      int64_t rows, int64_t channels, float focal_gamma, bool balanced, bool x0_prediction, float* out,
-                      int threads);
-    void (*flip_loss_backward)(const float* grad, const void* logits, int64_t type, const uint8_t* x_0,
-                               const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels, float focal_gamma,
-                               bool balanced, bool x0_prediction, void* out, int threads);
+                      int64_t rows, int64_t channels, const float* weight, float focal_gamma, bool x0_prediction,
+                      double factor, bool total, float* out, float* set_fraction, int threads);
+    void (*flip_loss_backward)(const float* grad, int64_t grads, const void* logits, int64_t type, const uint8_t* x_0,
+                               const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels, const float* weight,
+                               const float* set_fraction, float focal_gamma, bool x0_prediction, double factor,
+                               void* out, int threads);
 
     // packed (M, P), weight (C, D), bias (D,) or null -> out (M, D).
     void (*embed_bits)(const uint8_t* packed, const void* weight, int64_t type, const void* bias, int64_t rows,

@@ -17,9 +17,28 @@ struct Arguments {
 
 // e = exp(-l / temperature) of logit j of a byte, l the logit of x_0 != x_t.
 __device__ __forceinline__ float odds(float l, uint32_t flips, int j, float scale) {
-    const float y = __fmul_rn(l, scale);
-    return isnan(y) ? y : exp2_clamped(flips >> j & 1 ? -y : y);  // the clamp would hide a NaN
+    const float y = flips >> j & 1 ? -l * scale : l * scale;
+    return isnan(y) ? y : exp2_fast(fminf(fmaxf(y, -64.0f), 64.0f));  // the clamp would hide a NaN
 }
+
+// The logits of kBytes bytes, where they lie, and the bits whose logit changes its sign.
+template <class T, bool kVector, int kBytes>
+struct Inputs {
+    Position at[kBytes];
+    float logits[kBytes][8];
+    uint32_t flips[kBytes];
+
+    __device__ __forceinline__ Inputs(const T* __restrict__ from, const Arguments& a, const Share& share, uint32_t i) {
+#pragma unroll
+        for (int k = 0; k < kBytes; ++k) {
+            const uint32_t byte = share.begin + i + k * blockDim.x;
+            at[k] = Position::of<kVector>(byte, a.channels);
+            at[k].offset += share.sample * a.sample_values;
+            read<kVector>(from + at[k].offset, at[k].count, logits[k]);
+            flips[k] = a.x0_prediction ? a.x_t[share.sample * a.grid.bytes + byte] : 0;
+        }
+    }
+};
 
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
@@ -27,20 +46,19 @@ __global__ void __launch_bounds__(kThreads)
     const Share share(a.grid);
     if (threadIdx.x >= share.count) return;
     const Ratio ratio(a.coefficients + share.sample * a.coefficient_stride);
-    for (uint32_t i = threadIdx.x; i < share.count; i += blockDim.x) {
-        const uint32_t byte = share.begin + i;
-        const Position at = Position::of<kVector>(byte, a.channels);
-        const int64_t first = share.sample * a.sample_values + at.offset;
-        float l[8];
-        read<kVector>(logits + first, at.count, l);
-        const uint32_t flips = a.x0_prediction ? a.x_t[share.sample * a.grid.bytes + byte] : 0;
+    for_bytes(share, [&](auto count, uint32_t i) {
+        const Inputs<T, kVector, count.value> x(logits, a, share, i);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float e = odds(l[j], flips, j, a.scale);
-            l[j] = ratio.numerator(e) / ratio.denominator(e);
+        for (int k = 0; k < count.value; ++k) {
+            float p[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float e = odds(x.logits[k][j], x.flips[k], j, a.scale);
+                p[j] = __fdividef(ratio.numerator(e), ratio.denominator(e));
+            }
+            write<kVector>(out + x.at[k].offset, x.at[k].count, p);
         }
-        write<kVector>(out + first, at.count, l);
-    }
+    });
 }
 
 // dP/dl = (n1 d0 - n0 d1) / (d0 + d1 f)^2 f (1 - f) / temperature = det e / D^2 / temperature, D = d0 (1 + e) + d1.
@@ -52,23 +70,23 @@ __global__ void __launch_bounds__(kThreads) backward(const float* __restrict__ g
     const float* row = a.coefficients + share.sample * a.coefficient_stride;
     const Ratio ratio(row);
     const float slope = (row[1] * row[2] - row[0] * row[3]) * a.inverse_temperature;
-    for (uint32_t i = threadIdx.x; i < share.count; i += blockDim.x) {
-        const uint32_t byte = share.begin + i;
-        const Position at = Position::of<kVector>(byte, a.channels);
-        const int64_t first = share.sample * a.sample_values + at.offset;
-        float l[8], g[8];
-        read<kVector>(logits + first, at.count, l);
-        read<kVector>(grad + first, at.count, g);
-        const uint32_t flips = a.x0_prediction ? a.x_t[share.sample * a.grid.bytes + byte] : 0;
+    for_bytes(share, [&](auto count, uint32_t i) {
+        const Inputs<T, kVector, count.value> x(logits, a, share, i);
+        float g[count.value][8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float e = odds(l[j], flips, j, a.scale);
-            const float d = ratio.denominator(e);
-            const float change = e / d * slope / d;  // in this order nothing overflows
-            l[j] = g[j] * (flips >> j & 1 ? -change : change);
+        for (int k = 0; k < count.value; ++k) read<kVector>(grad + x.at[k].offset, x.at[k].count, g[k]);
+#pragma unroll
+        for (int k = 0; k < count.value; ++k) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float e = odds(x.logits[k][j], x.flips[k], j, a.scale);
+                const float d = ratio.denominator(e);
+                const float change = __fdividef(e, d) * __fdividef(slope, d);  // in this order nothing overflows
+                g[k][j] *= x.flips[k] >> j & 1 ? -change : change;
+            }
+            write<kVector>(out + x.at[k].offset, x.at[k].count, g[k]);
         }
-        write<kVector>(out + first, at.count, l);
-    }
+    });
 }
 
 Arguments arguments(const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels, const float* coefficients,

@@ -55,13 +55,16 @@ void flip_probability_backward(const float* grad, const void* logits, int64_t ty
 
 // Floats of scratch memory that flip_loss needs.
 int64_t flip_loss_scratch(int64_t batch, int64_t rows, int64_t channels);
+// The sum over a sample's bits times factor and, unless it is null, weight (B,): out (B,), or with `total` the sum of
+// these, out (1,). Class-balanced if set_fraction (B,) is given, which receives the fraction of set targets.
 void flip_loss(const void* logits, int64_t type, const uint8_t* x_0, const uint8_t* x_t, int64_t batch, int64_t rows,
-               int64_t channels, float focal_gamma, bool balanced, bool x0_prediction, float* scratch, float* out,
-               int device, cudaStream_t stream);
-// scratch: B floats.
-void flip_loss_backward(const float* grad, const void* logits, int64_t type, const uint8_t* x_0, const uint8_t* x_t,
-                        int64_t batch, int64_t rows, int64_t channels, float focal_gamma, bool balanced,
-                        bool x0_prediction, float* scratch, void* out, int device, cudaStream_t stream);
+               int64_t channels, const float* weight, float focal_gamma, bool x0_prediction, float factor, bool total,
+               float* scratch, float* out, float* set_fraction, int device, cudaStream_t stream);
+// grad has `grads` elements, 1 or B; set_fraction as flip_loss left it.
+void flip_loss_backward(const float* grad, int64_t grads, const void* logits, int64_t type, const uint8_t* x_0,
+                        const uint8_t* x_t, int64_t batch, int64_t rows, int64_t channels, const float* weight,
+                        const float* set_fraction, float focal_gamma, bool x0_prediction, float factor, void* out,
+                        int device, cudaStream_t stream);
 
 // packed (M, P), weight (C, D), bias (D,) or null -> out (M, D).
 void embed_bits(const uint8_t* packed, const void* weight, int64_t type, const void* bias, int64_t rows,

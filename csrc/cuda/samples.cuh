@@ -18,10 +18,11 @@ struct SampleGrid {
     uint32_t chunk;   // bytes a block
     uint32_t chunks;  // blocks a sample
 
-    SampleGrid(int64_t batch_, int64_t bytes_) : batch(batch_), bytes(uint32_t(bytes_)) {
+    SampleGrid(int64_t batch_, int64_t bytes_, int64_t many_blocks = kManyBlocks)
+        : batch(batch_), bytes(uint32_t(bytes_)) {
         if (bytes_ >= int64_t(1) << 32) throw std::invalid_argument("a sample has 2^32 packed bytes or more");
         uint32_t per_thread = 1;
-        while (per_thread < 16 && batch * ceil_div<int64_t>(bytes_, 2 * per_thread * kThreads) >= kManyBlocks)
+        while (per_thread < 16 && batch * ceil_div<int64_t>(bytes_, 2 * per_thread * kThreads) >= many_blocks)
             per_thread *= 2;
         chunk = uint32_t(std::min<int64_t>(bytes_, int64_t(per_thread) * kThreads));
         chunks = uint32_t(ceil_div<int64_t>(bytes_, chunk));
@@ -53,6 +54,19 @@ struct Share {
     }
 };
 
+// Bytes whose values a thread loads before it works on the first of them.
+constexpr int kUnroll = 4;
+
+// Calls f(count, i) for all of this thread's bytes of a share: i, i + blockDim.x, ..., count of them, where count is an
+// integral_constant, kUnroll or in the end 1.
+template <class F>
+__device__ __forceinline__ void for_bytes(const Share& share, F&& f) {
+    uint32_t i = threadIdx.x;
+    for (; i + (kUnroll - 1) * blockDim.x < share.count; i += kUnroll * blockDim.x)
+        f(std::integral_constant<int, kUnroll>{}, i);
+    for (; i < share.count; i += blockDim.x) f(std::integral_constant<int, 1>{}, i);
+}
+
 // A 64-bit argument that may live on the device, so that a captured graph can be replayed with another value.
 struct Scalar {
     int64_t value;
@@ -75,6 +89,13 @@ __device__ __forceinline__ uint32_t load_now(const uint8_t* pointer) {
     uint32_t value;
     asm volatile("ld.relaxed.gpu.global.u8 %0, [%1];" : "=r"(value) : "l"(pointer));
     return value;
+}
+
+// Relative error 2^-22; what is below 2^-126 is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -78,6 +78,10 @@ def _config(shape: tuple[int, ...], *words: object) -> str:
     return " ".join(["x".join(map(str, shape)), *(str(word).removeprefix("torch.") for word in words)])
 
 
+def _graph(in_graph: bool) -> tuple[str, ...]:
+    return ("in a graph",) if in_graph else ()
+
+
 def _tolerance(dtype: torch.dtype) -> float:
     """Of a relative error: rounding to the dtype, with room for another order of summation."""
     return {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
@@ -172,11 +176,10 @@ def flip_step(shape: Shape, dtype: torch.dtype, in_graph: bool = False) -> Case:
         check = exact(by_samples(step, shape[0], size // shape[0]))
         return Problem(run, check, size, size * logits.element_size() + size // 4, eager, outputs=(out,))
 
-    words = ("in a graph",) if in_graph else ()
-    return Case("flip_step", _config(shape, dtype, *words), make, in_graph)
+    return Case("flip_step", _config(shape, dtype, *_graph(in_graph)), make, in_graph)
 
 
-def flip_probability(shape: Shape, dtype: torch.dtype) -> Case:
+def flip_probability(shape: Shape, dtype: torch.dtype, in_graph: bool = False) -> Case:
     """Forward and backward: the gradient of a weighted sum of the probabilities."""
 
     def make(device: torch.device) -> Problem:
@@ -198,7 +201,7 @@ def flip_probability(shape: Shape, dtype: torch.dtype) -> Case:
         total = size * (3 * logits.element_size() + 2 * grad.element_size()) + size // 4
         return Problem(lambda: gradient(logits), check, size, total, Opponent(plain.flip_probability, unpacked, check))
 
-    return Case("flip_probability", _config(shape, dtype, "forward + backward"), make)
+    return Case("flip_probability", _config(shape, dtype, "forward + backward", *_graph(in_graph)), make, in_graph)
 
 
 def add_noise(shape: Shape) -> Case:
@@ -220,7 +223,7 @@ def add_noise(shape: Shape) -> Case:
     return Case("add_noise", _config(shape), make)
 
 
-def flip_loss(shape: Shape, dtype: torch.dtype, balanced: bool = False) -> Case:
+def flip_loss(shape: Shape, dtype: torch.dtype, balanced: bool = False, in_graph: bool = False) -> Case:
     """Forward and backward of the mean loss."""
 
     def make(device: torch.device) -> Problem:
@@ -242,7 +245,7 @@ def flip_loss(shape: Shape, dtype: torch.dtype, balanced: bool = False) -> Case:
         return Problem(lambda: gradient(logits), check, size, total, eager)
 
     words = ("balanced", "forward + backward") if balanced else ("forward + backward",)
-    return Case("flip_loss", _config(shape, dtype, *words), make)
+    return Case("flip_loss", _config(shape, dtype, *words, *_graph(in_graph)), make, in_graph)
 
 
 # --- products with bits, distances -----------------------------------------------------------------------------------
@@ -316,26 +319,35 @@ def hamming_topk(queries: int, database: int, plain_database: int, sample_bytes:
 SMALL, MIDDLE, LARGE = (64, 256, 64), (1024, 256, 64), (16384, 256, 64)
 
 
+def _training_in_graph(shape: Shape, dtype: torch.dtype) -> list[Case]:
+    """Forward and backward without what Python takes to call them, which decides the time of small ones."""
+    return [
+        flip_probability(shape, dtype, in_graph=True),
+        flip_loss(shape, dtype, in_graph=True),
+        flip_loss(shape, dtype, balanced=True, in_graph=True),
+    ]
+
+
 def _small(dtype: torch.dtype, gpu: bool) -> list[Case]:
-    graph = [flip_step(SMALL, dtype, in_graph=True)] if gpu else []
+    graph = [flip_step(SMALL, dtype, in_graph=True), *_training_in_graph(SMALL, dtype)] if gpu else []
     return [
         pack_bits(SMALL, torch.float32),
         unpack_bits(SMALL, torch.float32),
         random_bits(SMALL),
         binarize((64, 64, 16, 16), dtype),
         flip_step(SMALL, dtype),
-        *graph,
         flip_probability(SMALL, dtype),
         add_noise(SMALL),
         flip_loss(SMALL, dtype),
         flip_loss(SMALL, dtype, balanced=True),
+        *graph,
         embed_bits(SMALL, 768 if gpu else 256, dtype),
         hamming_distance(SMALL),
         hamming_topk(1, 4096, 1024),
     ]
 
 
-def _large(dtype: torch.dtype) -> list[Case]:
+def _large(dtype: torch.dtype, gpu: bool) -> list[Case]:
     return [
         *(pack_bits(LARGE, bits) for bits in (torch.float32, torch.bfloat16, torch.uint8)),
         *(unpack_bits(LARGE, bits) for bits in (torch.float32, torch.bfloat16, torch.uint8)),
@@ -348,6 +360,7 @@ def _large(dtype: torch.dtype) -> list[Case]:
         add_noise(LARGE),
         flip_loss(MIDDLE, dtype),
         flip_loss(MIDDLE, dtype, balanced=True),
+        *(_training_in_graph(MIDDLE, dtype) if gpu else ()),
         embed_bits(MIDDLE, 768, dtype),
         hamming_distance(LARGE),
         hamming_topk(1, 1_280_000, 131_072),
@@ -359,7 +372,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
     """The cases of a size ("small", "large" or "all"), with bfloat16 logits on a GPU and float32 on a CPU."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    return (_small(dtype, gpu) if size != "large" else []) + (_large(dtype) if size != "small" else [])
+    return (_small(dtype, gpu) if size != "large" else []) + (_large(dtype, gpu) if size != "small" else [])
 
 
 OPS = tuple(dict.fromkeys(case.op for case in cases("all", torch.device("cpu"))))
