@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(kResidentThreads, kResidentBlocks)
     while (true) {
         const uint32_t group = __reduce_or_sync(~0u, lane == 0 ? atomicAdd(&next_group, 1) : 0);
         if (group >= end_group) break;
-        const uint32_t sample = group / a.sample_groups, first = (group - sample * a.sample_groups) * a.turns * kTurnBytes;
+        const uint32_t sample = group / a.sample_groups;
+        const uint32_t first = (group - sample * a.sample_groups) * a.turns * kTurnBytes;
         const uint32_t turns = min(a.turns, (a.bytes - first + kTurnBytes - 1) / kTurnBytes);
         if (a.coefficient_stride) filter = step.filter(sample);
         Place at{pinned(uint64_t(sample) * a.bytes + first + lane), sample, first + lane};
@@ -331,7 +332,7 @@ void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t bat
                       nonfinite,
                       out};
     // Few bytes, or samples that would leave most lanes idle.
-    const bool few = total <= 2 * warps * kTurnBytes || bytes < kTurnBytes / 2;
+    const bool few = total <= 2 * warps * kTurnBytes || (bytes < kTurnBytes / 2 && total < int64_t(1) << 31);
     const bool vector = channels % 8 == 0 && aligned(logits, 16) && aligned(uncond_logits, 16);
     with_float_type(type, [&](auto item) {
         using T = decltype(item);
@@ -339,11 +340,13 @@ void flip_step(const void* logits, int64_t type, const uint8_t* x_t, int64_t bat
         with_options<T>(vector, u != nullptr, x0_prediction, keep_mask != nullptr, [&](auto options) {
             using O = decltype(options);
             if (few) {
-                return launch_early(few_bytes<O>, unsigned(ceil_div<int64_t>(total, kThreads)), kThreads, device, stream, l, u, a);
+                const unsigned blocks = unsigned(ceil_div<int64_t>(total, kThreads));
+                return launch_early(few_bytes<O>, blocks, kThreads, device, stream, l, u, a);
             }
             const unsigned blocks = unsigned(std::min(resident, groups));
-            with_flag(bytes % kTurnBytes == 0,
-                      [&](auto whole) { many_bytes<O, whole.value><<<blocks, kResidentThreads, 0, stream>>>(l, u, a); });
+            with_flag(bytes % kTurnBytes == 0, [&](auto whole) {
+                many_bytes<O, whole.value><<<blocks, kResidentThreads, 0, stream>>>(l, u, a);
+            });
         });
     });
     check(cudaGetLastError(), "flip_step");
