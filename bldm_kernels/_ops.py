@@ -405,7 +405,9 @@ run_flip_loss_backward = _define(
 
 # --- products with bits, distances -----------------------------------------------------------------------------------
 def _run_embed_bits(packed: Tensor, weight: Tensor, bias: Tensor | None, signed: bool, out: Tensor) -> None:
-    if out.numel():
+    if not weight.shape[0]:  # no bits: nothing for a kernel to read
+        out.zero_() if bias is None else out.copy_(bias)
+    elif out.numel():
         kernel = select("embed_bits", out.device, weight.dtype)
         bias = None if bias is None else bias.contiguous()
         rows = packed.contiguous().view(out.numel() // out.shape[-1], packed.shape[-1])
