@@ -26,6 +26,8 @@ from typer.testing import CliRunner
 
 import bldm_kernels as bk
 
+# On a machine with a GPU too: bit for bit is a promise about the CPU, and the launched processes inherit this.
+os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG: dict[str, Any] = {"image_size": 8, "num_bits": 8, "base_channels": 8, "channel_multipliers": (1, 1)}
 DENOISER: dict[str, Any] = {"width": 16, "depth": 1, "num_heads": 2, "dropout": 0.2}
