@@ -9,6 +9,7 @@ import bldm_kernels as bk
 
 from .checkpoint import PretrainedModel
 from .convnets import plain_decoder, plain_encoder, taming_decoder, taming_encoder
+from .parts import part
 
 
 class BinaryAutoencoder(nn.Module, PretrainedModel):
@@ -109,7 +110,10 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
         bk.checks.shape(
             "packed", packed, (len(packed), height, width, (num_bits + 7) // 8), f"latents of {self.latent_shape} bits"
         )
-        return self.decoder(bk.embed_bits(packed, self.embedding, signed=self.signed).permute(0, 3, 1, 2))
+        with part("embed"):
+            embedded = bk.embed_bits(packed, self.embedding, signed=self.signed).permute(0, 3, 1, 2)
+        with part("decoder"):
+            return self.decoder(embedded)
 
     def forward(self, images: Tensor, *, seed: int | Tensor = 0, step: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """(reconstruction, logits) for training: the gradient passes straight through the bits."""

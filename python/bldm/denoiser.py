@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import bldm_kernels as bk
 
 from .checkpoint import PretrainedModel
+from .parts import part
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -87,12 +88,22 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, text: Tensor | None = None, text_mask: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        x = x + self.gamma1 * F.dropout(self.proj(attend(q, k, v, mask)), self.dropout, self.training)
+        with part("norm"):
+            h = self.norm1(x)
+        with part("qkv"):
+            q, k, v = self.qkv(h).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        with part("attention"):
+            h = attend(q, k, v, mask)
+        with part("proj"):
+            x = x + self.gamma1 * F.dropout(self.proj(h), self.dropout, self.training)
         if self.cross is not None:
-            h = self.cross(self.norm_cross(x), text, text_mask)
-            x = x + self.gamma_cross * F.dropout(h, self.dropout, self.training)
-        return x + self.gamma2 * F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+            with part("cross attention"):
+                h = self.cross(self.norm_cross(x), text, text_mask)
+                x = x + self.gamma_cross * F.dropout(h, self.dropout, self.training)
+        with part("norm"):
+            h = self.norm2(x)
+        with part("mlp"):
+            return x + self.gamma2 * F.dropout(self.mlp(h), self.dropout, self.training)
 
 
 class BinaryDenoiser(nn.Module, PretrainedModel):
@@ -178,7 +189,19 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
             raise ValueError(f"x_t: expected {self.num_positions} positions a sample, got shape {tuple(x_t.shape)}")
         bk.checks.tensor("t", t, (torch.int64,))
         bk.checks.shape("t", t, x_t.shape[:1], "one a sample")
-        x = bk.embed_bits(x_t.flatten(1, -2), self.token_weight, self.token_bias) + self.positions
+        with part("embed"):
+            x = bk.embed_bits(x_t.flatten(1, -2), self.token_weight, self.token_bias) + self.positions
+        with part("time and condition"):
+            h, mask, text, text_mask = self._sequence(x, t, label)
+        for i, block in enumerate(self.blocks):
+            with part(f"block {i}"):
+                h = block(h, mask, text, text_mask)
+        with part("head"):
+            logits = self.head(self.norm(h[:, : self.num_positions]))
+        return logits.view(*x_t.shape[:-1], self.num_bits)
+
+    def _sequence(self, x: Tensor, t: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The tokens (B, N + 1 or + 2, width): positions, time, condition; which of them are there; a text and its words."""
         time = TIME_EMBEDDINGS[self.time_embedding](t, self.num_steps, x.shape[-1])
         tokens = [x, self.time(time.to(x.dtype)).unsqueeze(1)]
         mask = text = text_mask = None
@@ -194,11 +217,7 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
             if there is not None:
                 rest = there.new_ones(len(x), self.num_positions + 1)
                 mask = torch.cat([rest, there.unsqueeze(1)], dim=1)[:, None, None]
-        h = torch.cat(tokens, dim=1)
-        for block in self.blocks:
-            h = block(h, mask, text, text_mask)
-        logits = self.head(self.norm(h[:, : self.num_positions]))
-        return logits.view(*x_t.shape[:-1], self.num_bits)
+        return torch.cat(tokens, dim=1), mask, text, text_mask
 
     def _condition_token(self, label: Tensor | None, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The token (B, width), or None for no token; and which samples have it, bool (B,), or None for all."""

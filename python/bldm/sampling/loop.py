@@ -9,6 +9,7 @@ from torch import Tensor
 
 import bldm_kernels as bk
 
+from ..parts import part
 from . import conditions
 from .conditions import Condition
 from .conventions import Conventions
@@ -123,7 +124,8 @@ class Loop:
         states = [x]
         with self.execution.context():
             for i in range(self.plan.num_steps):
-                x = self.step(i, x)
+                with part(f"step {i}"):
+                    x = self.step(i, x)
                 states.append(x)
                 if check is not None:
                     check(self.nonfinite[: i + 1])
@@ -143,10 +145,11 @@ class Loop:
                 x = self.step(i, x)
 
     def _begin(self) -> Tensor:
-        self.nonfinite.zero_()
-        x = self.start
-        if self.keep_mask is not None and self.keep_bits is not None:
-            x = (x & ~self.keep_mask) | (self.keep_bits & self.keep_mask)
+        with part("begin"):
+            self.nonfinite.zero_()
+            x = self.start
+            if self.keep_mask is not None and self.keep_bits is not None:
+                x = (x & ~self.keep_mask) | (self.keep_bits & self.keep_mask)
         return x
 
     def step(self, i: int, x: Tensor) -> Tensor:
@@ -156,7 +159,8 @@ class Loop:
         logits, uncond = self._logits(i, x, output)
         temperature, prediction = plan.temperature, output.prediction
         if self.conventions.hook is not None or (last and plan.probability):
-            probability = self._x_0_probability(i, x, logits, uncond, output, last)
+            with part("hook"):
+                probability = self._x_0_probability(i, x, logits, uncond, output, last)
             if last and plan.probability:
                 self.nonfinite[i] += (~torch.isfinite(probability)).sum()
                 self.probability = probability
@@ -165,38 +169,42 @@ class Loop:
             temperature, prediction = 1.0, "x_0"
         kept: dict[str, Any] = {"keep_mask": self.keep_mask, "keep_bits": self.keep_bits}
         draw: dict[str, Any] = {"seed": self.seed, "sample_offset": self.sample_offset}
-        x = bk.flip_step(
-            logits,
-            x,
-            self.coefficients[i],
-            step=i,
-            temperature=temperature,
-            prediction=prediction,
-            uncond_logits=uncond,
-            guidance_scale=1.0 if uncond is None else self.scales[i : i + 1],
-            nonfinite=self.nonfinite[i : i + 1],
-            **draw,
-            **kept,
-        )
-        if plan.noisy[i]:  # the flip probability is n0 whatever the logits are
-            x = bk.flip_step(logits, x, self.noise[i], step=NOISE_STEPS + i, nonfinite=self.ignored, **draw, **kept)
+        with part("flip"):
+            x = bk.flip_step(
+                logits,
+                x,
+                self.coefficients[i],
+                step=i,
+                temperature=temperature,
+                prediction=prediction,
+                uncond_logits=uncond,
+                guidance_scale=1.0 if uncond is None else self.scales[i : i + 1],
+                nonfinite=self.nonfinite[i : i + 1],
+                **draw,
+                **kept,
+            )
+            if plan.noisy[i]:  # the flip probability is n0 whatever the logits are
+                x = bk.flip_step(logits, x, self.noise[i], step=NOISE_STEPS + i, nonfinite=self.ignored, **draw, **kept)
         return x
 
     def _logits(self, i: int, x: Tensor, output: Output) -> tuple[Tensor, Tensor | None]:
         """Logits (B, *latent_shape) with the condition and, when guided, without."""
         pieces, count = self.conventions, self.plan.num_samples
         call, denoise = pieces.call, self.execution.denoise
-        x = torch.cat([x, x]) if self.batched else x
-        state = to_state(x, self.latent_shape, pieces.state, pieces.layout, pieces.state_dtype)
+        with part("state"):
+            x = torch.cat([x, x]) if self.batched else x
+            state = to_state(x, self.latent_shape, pieces.state, pieces.layout, pieces.state_dtype)
 
-        def read(answer: object) -> Tensor:
-            return logits_of(output.read(answer), len(state), self.latent_shape, pieces.layout)
+        def logits_under(cond: Condition) -> Tensor:
+            with part("denoiser"):
+                answer = output.read(call(denoise, state, self.labels[i], cond))
+            return logits_of(answer, len(state), self.latent_shape, pieces.layout)
 
-        logits = read(call(denoise, state, self.labels[i], self.cond))
+        logits = logits_under(self.cond)
         if self.batched:
             return logits[:count], logits[count:]
         if self.plan.guided:
-            return logits, read(call(denoise, state, self.labels[i], self.null_cond))
+            return logits, logits_under(self.null_cond)
         return logits, None
 
     def _x_0_probability(self, i: int, x: Tensor, logits: Tensor, uncond: Tensor | None, output: Output, last: bool) -> Tensor:
