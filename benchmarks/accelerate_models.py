@@ -195,3 +195,11 @@ class HeadSampler(Sampler):
         x = torch.bernoulli(0.5 * torch.ones((len(with_cond), self._denoise_fn.in_dim), device=cond.device))
         bits, p = self.reverse(x, sample_steps, logits_at)
         return p if return_logits else bits
+
+
+# --- for `bldm profile --import accelerate_models:paper` -----------------------------------------------------------------
+def paper(batch: int, steps: int, device: torch.device) -> tuple[nn.Module, Any]:
+    """The paper's sampler for `bldm.accelerate`, and how to draw a batch from it."""
+    with device:
+        model = PaperSampler(PaperDenoiser()).to(device).eval()
+    return model, lambda fast: fast.sample(sample_steps=steps, b=batch)

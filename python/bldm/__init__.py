@@ -8,6 +8,7 @@ from .denoiser import BinaryDenoiser
 from .diffusion import BinaryLatentDiffusion
 from .families import accelerate
 from .latents import PackedLatents
+from .profiling import profile
 from .quantizer import BinaryQuantizer
 from .sampling import Conventions, FastSampler, StepInfo
 
@@ -27,6 +28,7 @@ __all__ = [
     "StepInfo",
     "accelerate",
     "bundled_model",
+    "profile",
 ]
 
 

@@ -1,8 +1,8 @@
-"""The command line: `bldm sample | reconstruct | train-autoencoder | train | convert | bench | doctor`. One file a command."""
+"""The command line: `bldm sample`, `bldm train` and so on. One file a command."""
 
 import typer
 
-from . import bench, convert, doctor, reconstruct, sample, train
+from . import bench, convert, doctor, profile, reconstruct, sample, train
 
 app = typer.Typer(
     name="bldm", help="Binary latent diffusion: sample, train, inspect.", no_args_is_help=True, add_completion=False
@@ -13,4 +13,5 @@ app.command("train-autoencoder")(train.train_autoencoder)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
+app.command("profile")(profile.profile)
 app.command("doctor")(doctor.doctor)
