@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ import bldm_kernels as bk
 
 from .checkpoint import PretrainedModel
 from .parts import part
+
+if TYPE_CHECKING:
+    from .engine import DenoiserEngine
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -106,7 +110,46 @@ class Block(nn.Module):
             return x + self.gamma2 * F.dropout(self.mlp(h), self.dropout, self.training)
 
 
-class BinaryDenoiser(nn.Module, PretrainedModel):
+class Conditioned:
+    """What a denoiser and an engine made from it know about conditions."""
+
+    num_classes: int | None
+    null_class: bool
+    text_width: int | None
+    cross_attention: bool
+    classes: nn.Embedding | None
+    text: nn.Linear | None
+
+    def _condition_token(self, label: Tensor | None, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The token (B, width), or None for no token; and which samples have it, bool (B,), or None for all."""
+        if self.classes is not None and self.null_class:
+            return self.classes(torch.full_like(t, self.classes.num_embeddings - 1) if label is None else label), None
+        if label is None:
+            return None, None
+        if self.classes is not None:
+            there = label.ne(self.classes.num_embeddings)
+            return self.classes(label.where(there, 0)), there
+        assert self.text is not None
+        return self.text(label.to(self.text.weight.dtype)), label.ne(0).any(-1)
+
+    def _words(self, label: Tensor) -> Tensor:
+        """What is attended to of the learned token and a text's L words, bool (B, 1 + L): the token where there are no words."""
+        words = label.ne(0).any(-1)
+        return torch.cat([~words.any(-1, keepdim=True), words], dim=1)
+
+    def _check_label(self, label: Tensor, batch: int) -> None:
+        if self.classes is not None:
+            bk.checks.tensor("label", label, (torch.int64,))
+            bk.checks.shape("label", label, (batch,), "one a sample")
+        elif self.text_width is None:
+            raise ValueError("label: this model has no classes, expected None")
+        else:
+            bk.checks.floating("label", label)
+            length = label.shape[1:2] if self.cross_attention else ()
+            bk.checks.shape("label", label, (batch, *length, self.text_width), "text features, one a sample")
+
+
+class BinaryDenoiser(nn.Module, PretrainedModel, Conditioned):
     """Transformer over the positions of a binary latent; the time and condition tokens stand after them.
 
     Args:
@@ -200,6 +243,31 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
             logits = self.head(self.norm(h[:, : self.num_positions]))
         return logits.view(*x_t.shape[:-1], self.num_bits)
 
+    def optimize(
+        self,
+        precision: str = "bf16",
+        *,
+        calibration: Tensor | None = None,
+        calibration_cond: Tensor | None = None,
+        schedule: bk.BernoulliSchedule | None = None,
+        prediction: str = "flip",
+    ) -> "DenoiserEngine":
+        """An engine for inference: these weights in low precision, prepared once; see docs/engine.md.
+
+        Args:
+            precision: "bf16"; "fp8": the products inside the blocks in e4m3, with static scales; "float32".
+            calibration: fp8: packed latents x_0 (B, ..., P) to find the scales with (default: a short sampling run).
+            calibration_cond: conditions of the calibration, one a latent, as in `forward`.
+            schedule, prediction: what the model was trained with, for the calibration (default: linear, flips).
+
+        Returns: a module called like this one, also by a `FastSampler`. Later changes of the weights need its `refresh`.
+
+        Raises: TypeError, ValueError naming the argument.
+        """
+        from .engine import DenoiserEngine
+
+        return DenoiserEngine(self, precision, calibration, calibration_cond, schedule, prediction)
+
     def _sequence(self, x: Tensor, t: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The tokens (B, N + 1 or + 2, width): positions, time, condition; which of them are there; a text and its words."""
         time = TIME_EMBEDDINGS[self.time_embedding](t, self.num_steps, x.shape[-1])
@@ -208,8 +276,7 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
         if label is not None:
             self._check_label(label, len(x))
         if self.cross_attention and label is not None:
-            text, words = label.to(x.dtype), label.ne(0).any(-1)
-            text_mask = torch.cat([~words.any(-1, keepdim=True), words], dim=1)[:, None, None]
+            text, text_mask = label.to(x.dtype), self._words(label)[:, None, None]
         else:
             token, there = self._condition_token(label, t)
             if token is not None:
@@ -218,26 +285,3 @@ class BinaryDenoiser(nn.Module, PretrainedModel):
                 rest = there.new_ones(len(x), self.num_positions + 1)
                 mask = torch.cat([rest, there.unsqueeze(1)], dim=1)[:, None, None]
         return torch.cat(tokens, dim=1), mask, text, text_mask
-
-    def _condition_token(self, label: Tensor | None, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The token (B, width), or None for no token; and which samples have it, bool (B,), or None for all."""
-        if self.classes is not None and self.null_class:
-            return self.classes(torch.full_like(t, self.classes.num_embeddings - 1) if label is None else label), None
-        if label is None:
-            return None, None
-        if self.classes is not None:
-            there = label.ne(self.classes.num_embeddings)
-            return self.classes(label.where(there, 0)), there
-        assert self.text is not None
-        return self.text(label.to(self.text.weight.dtype)), label.ne(0).any(-1)
-
-    def _check_label(self, label: Tensor, batch: int) -> None:
-        if self.classes is not None:
-            bk.checks.tensor("label", label, (torch.int64,))
-            bk.checks.shape("label", label, (batch,), "one a sample")
-        elif self.text_width is None:
-            raise ValueError("label: this model has no classes, expected None")
-        else:
-            bk.checks.floating("label", label)
-            length = label.shape[1:2] if self.cross_attention else ()
-            bk.checks.shape("label", label, (batch, *length, self.text_width), "text features, one a sample")

@@ -10,12 +10,13 @@ from torch import Tensor
 import bldm_kernels as bk
 
 from ..parts import part
-from . import conditions
+from . import conditions, outputs
 from .conditions import Condition
 from .conventions import Conventions
 from .execution import Execution
 from .outputs import CERTAIN, Output
 from .states import logits_of, to_state
+from .steps import Steps, step_denoiser
 
 # The flips of "threshold-renoise" are draws of their own: step i takes the random stream's step 2^27 + i.
 NOISE_STEPS = 2**27
@@ -90,6 +91,9 @@ class Loop:
         self.keep_bits = None if inputs.keep_bits is None else torch.empty_like(self.start)
         hook = conventions.hook
         self.hook_buffers = {} if hook is None else hook.buffers(torch.empty(plan.num_samples, *latent_shape, device=device))
+        self.rows = rows
+        self.denoiser = step_denoiser(conventions, execution, plan.guided, inputs.cond)
+        self.steps: Steps | None = None
         self._tables_of: Tensor | None = None  # whose tables are loaded: a sampler uses the same ones again and again
         self.x = self.start
         self.probability: Tensor | None = None
@@ -148,6 +152,8 @@ class Loop:
         with part("begin"):
             self.nonfinite.zero_()
             x = self.start
+            if self.denoiser is not None:
+                self.steps = self.denoiser.begin(self.labels[:, 0], self.cond, self.rows)  # type: ignore[arg-type]
             if self.keep_mask is not None and self.keep_bits is not None:
                 x = (x & ~self.keep_mask) | (self.keep_bits & self.keep_mask)
         return x
@@ -156,9 +162,19 @@ class Loop:
         """x_t -> x_s of step i; under the final "probability" the last step leaves x_t as it is and sets `probability`."""
         plan, output = self.plan, self.plan.outputs[i]
         last = i == plan.num_steps - 1
+        options: dict[str, Any] = {"seed": self.seed, "sample_offset": self.sample_offset}
+        options |= {"keep_mask": self.keep_mask, "keep_bits": self.keep_bits}
+        said: dict[str, Any] = {
+            "temperature": plan.temperature,
+            "prediction": output.prediction,
+            "nonfinite": self.nonfinite[i : i + 1],
+        }
+        only_logits = self.conventions.hook is None and not (last and plan.probability)
+        if self.steps is not None and only_logits and not plan.noisy[i] and output.read is outputs.logits:
+            scale = self.scales[i : i + 1] if plan.guided else None
+            return self.steps.flip(i, x, self.coefficients[i], guidance_scale=scale, **said, **options)
         logits, uncond = self._logits(i, x, output)
-        temperature, prediction = plan.temperature, output.prediction
-        if self.conventions.hook is not None or (last and plan.probability):
+        if not only_logits:
             with part("hook"):
                 probability = self._x_0_probability(i, x, logits, uncond, output, last)
             if last and plan.probability:
@@ -166,31 +182,21 @@ class Loop:
                 self.probability = probability
                 return x
             logits, uncond = torch.logit(probability).clamp(-CERTAIN, CERTAIN), None
-            temperature, prediction = 1.0, "x_0"
-        kept: dict[str, Any] = {"keep_mask": self.keep_mask, "keep_bits": self.keep_bits}
-        draw: dict[str, Any] = {"seed": self.seed, "sample_offset": self.sample_offset}
+            said |= {"temperature": 1.0, "prediction": "x_0"}
         with part("flip"):
-            x = bk.flip_step(
-                logits,
-                x,
-                self.coefficients[i],
-                step=i,
-                temperature=temperature,
-                prediction=prediction,
-                uncond_logits=uncond,
-                guidance_scale=1.0 if uncond is None else self.scales[i : i + 1],
-                nonfinite=self.nonfinite[i : i + 1],
-                **draw,
-                **kept,
-            )
+            guidance: dict[str, Any] = {} if uncond is None else {"guidance_scale": self.scales[i : i + 1]}
+            x = bk.flip_step(logits, x, self.coefficients[i], step=i, uncond_logits=uncond, **guidance, **said, **options)
             if plan.noisy[i]:  # the flip probability is n0 whatever the logits are
-                x = bk.flip_step(logits, x, self.noise[i], step=NOISE_STEPS + i, nonfinite=self.ignored, **draw, **kept)
+                x = bk.flip_step(logits, x, self.noise[i], step=NOISE_STEPS + i, nonfinite=self.ignored, **options)
         return x
 
     def _logits(self, i: int, x: Tensor, output: Output) -> tuple[Tensor, Tensor | None]:
         """Logits (B, *latent_shape) with the condition and, when guided, without."""
         pieces, count = self.conventions, self.plan.num_samples
         call, denoise = pieces.call, self.execution.denoise
+        if self.steps is not None:
+            logits = logits_of(output.read(self.steps.logits(i, x)), self.rows, self.latent_shape, pieces.layout)
+            return (logits[:count], logits[count:]) if self.batched else (logits, None)
         with part("state"):
             x = torch.cat([x, x]) if self.batched else x
             state = to_state(x, self.latent_shape, pieces.state, pieces.layout, pieces.state_dtype)

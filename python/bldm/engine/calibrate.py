@@ -1,0 +1,76 @@
+"""Scales of e4m3 activations: how large they get in a short sampling run of the float model."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bldm_kernels as bk
+from bldm_kernels.inference.attention import E4M3_MAX
+
+from ..denoiser import BinaryDenoiser, Block
+from ..sampling import FastSampler
+from .blocks import Scales
+
+SAMPLES, STEPS = 16, 8
+# The largest value seen is stored as 448 / 2: a float that is halved loses nothing, one beyond the largest is cut off.
+MARGIN = 2.0
+
+
+def calibrate(
+    model: BinaryDenoiser, schedule: bk.BernoulliSchedule, prediction: str, latents: Tensor | None, cond: Tensor | None
+) -> list[Scales]:
+    """A scale float32 (1,) for the input of every product of every block.
+
+    Args:
+        model: in float32; it runs as it is.
+        schedule, prediction: what it was trained with.
+        latents: packed x_0 (B, ..., P) of real data, which are noised to timesteps all over the schedule; None: a sampling run.
+        cond: their conditions, or those of the run; None: classes in turn, one of four samples without, or no text.
+    """
+    count = SAMPLES if latents is None else len(latents)
+    if cond is None and model.num_classes is not None:
+        assert model.null_label is not None
+        turns = torch.arange(count, device=model.positions.device)
+        cond = torch.where(turns % 4 == 3, model.null_label, turns % model.num_classes)
+    with observed(model) as largest, torch.no_grad():
+        if latents is None:
+            sampler = FastSampler(
+                model, schedule, latent_shape=(model.num_positions, model.num_bits), prediction=prediction, graph=False
+            )
+            sampler.sample(count, min(STEPS, schedule.num_steps), cond=cond)
+        else:
+            bk.checks.packed("calibration", latents, min_dim=3)
+            t = torch.linspace(1, schedule.num_steps, count, device=latents.device).round().long()
+            flip = schedule.flip.to(latents.device)[t].float()
+            model(bk.add_noise(latents, flip, seed=0, num_bits=model.num_bits), t, cond)
+    return [{name: (MARGIN / E4M3_MAX * value).clamp(min=1e-30) for name, value in block.items()} for block in largest]
+
+
+@contextmanager
+def observed(model: BinaryDenoiser) -> Iterator[list[Scales]]:
+    """The largest absolute input (1,) so far of every product of every block; of those behind a norm, without its weights."""
+    largest: list[Scales] = [{} for _ in model.blocks]
+
+    def watch(module: nn.Module, seen: Scales, name: str) -> Callable[[], None]:
+        seen[name] = torch.zeros(1, device=model.positions.device)
+
+        def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].float()
+            if isinstance(module, nn.LayerNorm):
+                x = F.layer_norm(x, x.shape[-1:], eps=module.eps)
+            seen[name] = torch.maximum(seen[name], x.abs().amax())
+
+        return module.register_forward_pre_hook(look).remove
+
+    with ExitStack() as stack:
+        for block, seen in zip(model.blocks, largest, strict=True):
+            assert isinstance(block, Block)
+            watched = {"qkv": block.norm1, "proj": block.proj, "expand": block.norm2, "contract": block.mlp[2]}
+            if block.cross is not None:
+                watched |= {"query": block.norm_cross, "mix": block.cross.proj}
+            for name, module in watched.items():
+                stack.callback(watch(module, seen, name))
+        yield largest
