@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
+from .choice import triton_runs_on
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+HEAD_DIMS = (32, 64, 128)  # others would waste the tensor cores
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | None, out_scale: Tensor | None) -> Tensor:
@@ -24,6 +26,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | No
 def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, saturated: x is about scale times the result."""
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def supports(qkv: Tensor, num_heads: int) -> bool:
+    """Whether the kernel takes this input; PyTorch's scaled_dot_product_attention takes the rest."""
+    dim = qkv.shape[-1] // (3 * num_heads)
+    return qkv.dtype == torch.bfloat16 and dim in HEAD_DIMS and qkv.numel() > 0 and triton_runs_on(qkv.device)
 
 
 def attention(
@@ -52,6 +60,12 @@ def attention(
             f"with strides {qkv.stride()}"
         )
     _check_common(qkv, "qkv", qkv.shape[:2], key_mask, out_scale)
+    if supports(qkv, num_heads):
+        from .triton import attention as kernels
+
+        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3, dtype=qkv.dtype if out_scale is None else E4M3)
+        kernels.attention(qkv, num_heads, key_mask, out_scale, pdl, out)
+        return out
     q, k, v = qkv.chunk(3, dim=-1)
     return plain(q, k, v, num_heads, key_mask, out_scale)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..canonical import num_bytes
+from .choice import triton_runs_on
 
 
 def plain(packed: Tensor, weight: Tensor, positions: Tensor, extra_tokens: Sequence[Tensor], out: Tensor) -> None:
@@ -24,6 +25,12 @@ def row_moments(x: Tensor, parts: int) -> Tensor:
     return torch.stack([x.sum(-1), x.square().sum(-1)], dim=-1)
 
 
+def supports(out: Tensor, num_extra: int, parts: int | None = None) -> bool:
+    """Whether the kernel takes bfloat16 `out` (B, T, W): with one or two extra tokens, and moments of at most 1,024 columns."""
+    fits = out.dtype == torch.bfloat16 and 1 <= num_extra <= 2 and (parts is None or out.shape[-1] // parts <= 1024)
+    return fits and out.numel() > 0 and triton_runs_on(out.device)
+
+
 def embed_tokens(
     packed: Tensor,
     weight: Tensor,
@@ -39,7 +46,7 @@ def embed_tokens(
     Args:
         packed: uint8 (R, N, ceil(C / 8)), B a multiple of R: sample b has the bits of row b mod R, so that the two halves of a
             guided batch share theirs.
-        weight: (C, W) in the dtype of out (or float32, in plain PyTorch).
+        weight: (C, W) in the dtype of out.
         positions: float32 (N, W), the embedding's bias already added.
         extra_tokens: tensors (1, W), the same for all samples, or (B, W), in the dtype of out: token N, N + 1, ...
         out: contiguous (B, T, W), T = N + len(extra_tokens); bfloat16 for the kernel.
@@ -52,7 +59,7 @@ def embed_tokens(
     """
     checks.packed("packed", packed)
     checks.floating("out", out)
-    checks.floating("weight", weight)
+    checks.tensor("weight", weight, (out.dtype,))
     checks.tensor("positions", positions, (torch.float32,))
     if out.dim() != 3 or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous (B, T, W), got shape {tuple(out.shape)} with strides {out.stride()}")
@@ -84,6 +91,12 @@ def embed_tokens(
                 f"moments: expected a contiguous ({samples * tokens}, parts, 2), parts a divisor of {width}, got shape "
                 f"{tuple(moments.shape)}"
             )
+    if supports(out, len(extra_tokens), None if moments is None else moments.shape[1]):
+        from .triton import embed as kernels
+
+        extra = [token.contiguous() for token in extra_tokens]
+        kernels.embed_tokens(packed.contiguous(), weight.contiguous(), positions.contiguous(), extra, out, moments, pdl)
+        return out
     plain(packed, weight, positions, extra_tokens, out)
     if moments is not None:
         moments.copy_(row_moments(out.flatten(0, 1), moments.shape[1]))

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import bldm_kernels as bk
-
 from .. import checks
+from ..canonical import broadcast_samples, coefficient_rows, num_bytes
+from ..ops.diffusion import PREDICTIONS, check_coefficients, check_kept, check_nonfinite, flip_step
+from .choice import triton_runs_on
 
 
 class Head(NamedTuple):
@@ -51,6 +52,12 @@ def plain(h: Tensor, head: Head) -> Tensor:
     return (x @ head.weight.to(dtype).T - mean * head.sums.to(dtype)) * rstd + head.bias.to(dtype)
 
 
+def supports(h: Tensor, head: Head) -> bool:
+    """Whether the kernel takes these: h and the weight of the head in bfloat16."""
+    same = h.dtype == head.weight.dtype == torch.bfloat16
+    return same and h.numel() > 0 and len(head.weight) > 0 and triton_runs_on(h.device)
+
+
 def head_logits(h: Tensor, head: Head, num_positions: int, *, pdl: bool = False) -> Tensor:
     """Logits of the first N tokens of every sample: what `head_step` decides on.
 
@@ -63,6 +70,12 @@ def head_logits(h: Tensor, head: Head, num_positions: int, *, pdl: bool = False)
     Returns: float32 (B, N, C).
     """
     _check(h, head, num_positions)
+    if supports(h, head) and num_positions > 0:
+        from .triton import head as kernels
+
+        out = h.new_empty(len(h), num_positions, len(head.weight), dtype=torch.float32)
+        kernels.logits(h, *head, num_positions, pdl, out)
+        return out
     return plain(h[:, :num_positions], head).float()
 
 
@@ -109,8 +122,45 @@ def head_step(
     halves = 1 if guidance_scale is None else 2
     if len(h) != halves * samples:
         raise ValueError(f"h: expected {halves} x {samples} samples for x_t {tuple(x_t.shape)}, got shape {tuple(h.shape)}")
+    if supports(h, head) and x_t.numel() > 0:
+        from .triton import head as kernels
+
+        checks.shape("x_t", x_t, (samples, positions, num_bytes(len(head.weight))), "the packed bits of the head's channels")
+        check_coefficients(coefficients, "h", h[:samples])
+        checks.option("prediction", prediction, PREDICTIONS)
+        check_kept(keep_mask, keep_bits, x_t)
+        check_nonfinite(nonfinite, "h", h)
+        checks.out(out, x_t.shape, torch.uint8, "x_t", x_t)
+        seed_value, seed_tensor = checks.seed(seed, "h", h)
+        step_value, step_tensor = checks.step(step, "h", h)
+        offset_value, offset_tensor = checks.sample_offset_or_tensor(sample_offset, "h", h)
+        guidance_value, guidance_tensor = checks.guidance_scale(1.0 if guidance_scale is None else guidance_scale, "h", h)
+        out = torch.empty_like(x_t, memory_format=torch.contiguous_format) if out is None else out
+        kernels.step(
+            h,
+            *head,
+            x_t.contiguous(),
+            coefficient_rows(coefficients),
+            seed_value,
+            step_value,
+            offset_value,
+            seed_tensor,
+            step_tensor,
+            offset_tensor,
+            checks.positive("temperature", temperature),
+            prediction == "x_0",
+            guidance_scale is not None,
+            guidance_value,
+            guidance_tensor,
+            broadcast_samples(keep_mask, x_t),
+            broadcast_samples(keep_bits, x_t),
+            nonfinite,
+            pdl,
+            out,
+        )
+        return out
     logits = plain(h[:, :positions], head).float()
-    return bk.flip_step(
+    return flip_step(
         logits[:samples],
         x_t,
         coefficients,

@@ -9,12 +9,12 @@ from ..canonical import num_bytes
 PREDICTIONS = ("flip", "x_0")
 
 
-def _check_coefficients(coefficients: Tensor, logits: Tensor) -> None:
+def check_coefficients(coefficients: Tensor, name: str, like: Tensor) -> None:
     checks.tensor("coefficients", coefficients, (torch.float32,))
-    checks.same_device("coefficients", coefficients, "logits", logits)
-    if tuple(coefficients.shape) not in ((4,), (1, 4), (logits.shape[0], 4)):
+    checks.same_device("coefficients", coefficients, name, like)
+    if tuple(coefficients.shape) not in ((4,), (1, 4), (like.shape[0], 4)):
         raise ValueError(
-            f"coefficients: expected shape (4,) or ({logits.shape[0]}, 4), one row (n0, n1, d0, d1) for all samples or one "
+            f"coefficients: expected shape (4,) or ({like.shape[0]}, 4), one row (n0, n1, d0, d1) for all samples or one "
             f"a sample, got {tuple(coefficients.shape)}"
         )
 
@@ -27,6 +27,22 @@ def _check_mask(name: str, value: Tensor, x_t: Tensor) -> None:
             f"{name}: expected packed bits of shape {tuple(x_t.shape)} like x_t, or {tuple(x_t.shape[1:])} for all "
             f"samples, got {tuple(value.shape)}"
         )
+
+
+def check_kept(keep_mask: Tensor | None, keep_bits: Tensor | None, x_t: Tensor) -> None:
+    if (keep_mask is None) != (keep_bits is None):
+        missing = "keep_bits" if keep_bits is None else "keep_mask"
+        raise ValueError(f"{missing}: expected together with {'keep_mask' if keep_bits is None else 'keep_bits'}, got None")
+    if keep_mask is not None and keep_bits is not None:
+        _check_mask("keep_mask", keep_mask, x_t)
+        _check_mask("keep_bits", keep_bits, x_t)
+
+
+def check_nonfinite(nonfinite: Tensor | None, name: str, like: Tensor) -> None:
+    if nonfinite is not None:
+        checks.tensor("nonfinite", nonfinite, (torch.int32,))
+        checks.shape("nonfinite", nonfinite, (1,))
+        checks.same_device("nonfinite", nonfinite, name, like)
 
 
 def flip_step(
@@ -75,7 +91,7 @@ def flip_step(
     """
     checks.floating("logits", logits, min_dim=2)
     checks.packs("x_t", x_t, "logits", logits)
-    _check_coefficients(coefficients, logits)
+    check_coefficients(coefficients, "logits", logits)
     checks.option("prediction", prediction, PREDICTIONS)
     temperature = checks.positive("temperature", temperature)
     guidance_value, guidance_tensor = checks.guidance_scale(guidance_scale, "logits", logits)
@@ -86,16 +102,8 @@ def flip_step(
     elif guidance_tensor is not None or guidance_value != 1.0:
         scale = guidance_value if guidance_tensor is None else "a tensor"
         raise ValueError(f"guidance_scale: {scale} needs uncond_logits, got None")
-    if (keep_mask is None) != (keep_bits is None):
-        missing = "keep_bits" if keep_bits is None else "keep_mask"
-        raise ValueError(f"{missing}: expected together with {'keep_mask' if keep_bits is None else 'keep_bits'}, got None")
-    if keep_mask is not None and keep_bits is not None:
-        _check_mask("keep_mask", keep_mask, x_t)
-        _check_mask("keep_bits", keep_bits, x_t)
-    if nonfinite is not None:
-        checks.tensor("nonfinite", nonfinite, (torch.int32,))
-        checks.shape("nonfinite", nonfinite, (1,))
-        checks.same_device("nonfinite", nonfinite, "logits", logits)
+    check_kept(keep_mask, keep_bits, x_t)
+    check_nonfinite(nonfinite, "logits", logits)
     checks.out(out, x_t.shape, torch.uint8, "x_t", x_t)
 
     raises = nonfinite is None and logits.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -141,7 +149,7 @@ def flip_probability(
     """
     checks.floating("logits", logits, min_dim=2)
     checks.packs("x_t", x_t, "logits", logits)
-    _check_coefficients(coefficients, logits)
+    check_coefficients(coefficients, "logits", logits)
     checks.option("prediction", prediction, PREDICTIONS)
     temperature = checks.positive("temperature", temperature)
     return _shortcut.flip_probability(logits, x_t, coefficients, temperature, prediction == "x_0")

@@ -14,22 +14,11 @@ BACKWARD_STEPS = 8, 32  # tiles of positions that a program of the backward adds
 
 
 @triton.jit
-def _load_bits(
-    packed,
-    row,
-    num_rows,
-    first,
-    num_bits,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    SIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """[M, C]: bits first .. first + C of rows row .. row + M, as +-1 (SIGNED) or 0/1 in DTYPE."""
+def load_bits(packed, rows, exists, first, num_bits, C: tl.constexpr, SIGNED: tl.constexpr, DTYPE: tl.constexpr):
+    """[M, C]: bits first .. first + C of rows [M, 1], as +-1 (SIGNED) or 0/1 in DTYPE."""
     # Eight neighbours load the same byte: from the cache, and cheaper than to spread one byte over eight threads.
-    rows, bits = row + tl.arange(0, M)[:, None], first + tl.arange(0, C)[None, :]
-    exists = (rows < num_rows) & (bits < num_bits)
-    values = tl.load(packed + rows.to(tl.int64) * ((num_bits + 7) // 8) + bits // 8, exists, 0).to(tl.int32)
+    bits = first + tl.arange(0, C)[None, :]
+    values = tl.load(packed + rows.to(tl.int64) * ((num_bits + 7) // 8) + bits // 8, exists & (bits < num_bits), 0).to(tl.int32)
     values = (values >> (bits % 8)) & 1
     return (values * 2 - 1 if SIGNED else values).to(tl.float32).to(DTYPE)
 
@@ -85,14 +74,14 @@ def embed(
     row = tl.program_id(0) // column_blocks * BLOCK_M
     while row < num_rows:  # the interpreter's range takes no values of the program
         total = start
+        rows = row + tl.arange(0, BLOCK_M)[:, None]
         for step in range(STEPS):
             channel = step * BLOCK_C
-            bits = _load_bits(packed, row, num_rows, channel, num_bits, BLOCK_M, BLOCK_C, SIGNED, dtype)
+            bits = load_bits(packed, rows, rows < num_rows, channel, num_bits, BLOCK_C, SIGNED, dtype)
             if STEPS == 1:
                 total = _dot(bits, held, total)
             else:
                 total = _dot(bits, _load_weight(weight, channel, columns, num_bits, width, BLOCK_C), total)
-        rows = row + tl.arange(0, BLOCK_M)[:, None]
         store_rounded(out + rows.to(tl.int64) * width + columns, total, (rows < num_rows) & (columns < width))
         row += stride
 
@@ -117,9 +106,8 @@ def embed_gradient(
     dtype: tl.constexpr = tl.float16 if grad.dtype.element_ty == tl.float16 else tl.bfloat16
     total = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     for step in range(STEPS):
-        start = (split * STEPS + step) * BLOCK_M
-        bits = _load_bits(packed, start, num_rows, channel, num_bits, BLOCK_M, BLOCK_C, SIGNED, dtype)
-        rows = start + tl.arange(0, BLOCK_M)[:, None]
+        rows = (split * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        bits = load_bits(packed, rows, rows < num_rows, channel, num_bits, BLOCK_C, SIGNED, dtype)
         exists = (rows < num_rows) & (columns < width)
         total = _dot(tl.trans(bits), tl.load(grad + rows.to(tl.int64) * width + columns, exists, 0.0), total)
     channels = channel + tl.arange(0, BLOCK_C)[:, None]

@@ -1,0 +1,93 @@
+"""Every Triton kernel of the inference engine compiles for sm_90 on a machine without a GPU, and spills no register.
+
+As in test_triton_compile.py: without the interpreter, with a driver that launches nothing.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_every_inference_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """A launcher and arguments for it: every kernel, with large and small tiles, everything optional at once or nothing."""
+    import torch
+
+    from bldm_kernels.inference.triton import attention, embed, head
+
+    def low(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    number, byte = torch.zeros(1, dtype=torch.int64), torch.uint8
+    for special in (False, True):
+        for batch, tokens, heads, dim in (
+            (1, 257, 12, 64),
+            (8, 257, 12, 64),
+            (64, 257, 12, 64),
+            (4, 1025, 12, 64),
+            (64, 80, 6, 128),
+        ):
+            mask, scale = (torch.ones(batch, tokens, dtype=torch.bool), torch.ones(1)) if special else (None, None)
+            out = low(batch, tokens, heads * dim).to(torch.float8_e4m3fn if special else torch.bfloat16)
+            yield attention.attention, (low(batch, tokens, 3 * heads * dim), heads, mask, scale, special, out)
+        for batch in (1, 64):
+            tokens = [low(1, 768), *([low(batch, 768)] if special else [])]
+            moments = torch.zeros(batch * (256 + len(tokens)), 6, 2) if special else None
+            packed, out = torch.zeros(batch, 256, 8, dtype=byte), low(batch, 256 + len(tokens), 768)
+            yield embed.embed_tokens, (packed, low(64, 768), torch.zeros(256, 768), tokens, out, moments, special)
+        for batch, num_bits in ((1, 64), (8, 64), (64, 64), (64, 12)):
+            h, sums, x = low((1 + special) * batch, 257, 768), torch.zeros(num_bits), torch.zeros(batch, 256, -(-num_bits // 8))
+            fixed, x = (h, low(num_bits, 768), sums, sums, 1e-5), x.to(byte)
+            yield head.logits, (*fixed, 256, special, torch.zeros(len(h), 256, num_bits))
+            draw = (1, 2, 3, *((number,) * 3 if special else (None,) * 3))
+            options = (torch.ones(1), x, x[:1], torch.zeros(1, dtype=torch.int32)) if special else (None,) * 4
+            coefficients = torch.zeros(batch if special else 1, 4)
+            yield head.step, (*fixed, x, coefficients, *draw, 1.0, special, special, 1.0, *options, special, x)
+
+
+def main() -> None:
+    import triton
+    from test_triton_compile import _Driver
+    from triton.runtime.jit import JITFunction
+
+    triton.runtime.driver.set_active(_Driver())
+    report = []
+
+    def compile_only(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        binary = kernel.run(*args, grid=grid, warmup=True, **options)
+        file = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+        file.write_bytes(binary.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", str(file)], capture_output=True, text=True, check=True)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+        assert "sm_90" in binary.asm["ptx"] and found, usage
+        constants = {name: value for name, value in options.items() if name.isupper() or name.startswith("num_")}
+        report.append((kernel.__name__, *map(int, found.groups()), binary.metadata.shared, constants))
+
+    JITFunction.__getitem__ = lambda self, grid: functools.partial(compile_only, self, grid)  # type: ignore[method-assign]
+    for function, arguments in _calls():
+        function(*arguments)
+    print("kernel, registers, spilled bytes, shared memory, constants", *sorted(set(map(repr, report))), sep="\n")
+    assert {name for name, *_ in report} == {"resident", "streaming", "tokens", "head_logits", "head_step"}
+    assert all(spilled == 0 for _, _, spilled, *_ in report), "a kernel spills registers"
+
+
+if __name__ == "__main__":
+    main()
