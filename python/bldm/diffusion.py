@@ -12,6 +12,7 @@ from .autoencoder import BinaryAutoencoder
 from .checkpoint import PretrainedModel
 from .denoiser import BinaryDenoiser
 from .sampling import FastSampler, StepInfo
+from .text import TextEncoder
 
 
 class BinaryLatentDiffusion(nn.Module, PretrainedModel):
@@ -24,6 +25,7 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
         num_steps: T.
         prediction: "flip" or "x_0".
         class_names: names of the classes 0, 1, ... of a class-conditional model.
+        text_encoder: name of the `bldm.text.TextEncoder` whose features a text-conditional model was trained with.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
         num_steps: int = 256,
         prediction: str = "flip",
         class_names: Sequence[str] | None = None,
+        text_encoder: str | None = None,
     ):
         super().__init__()
         bk.checks.option("prediction", prediction, ("flip", "x_0"))
@@ -48,6 +51,9 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
             raise ValueError(
                 f"class_names: expected {self.denoiser.num_classes or 0} names, one a class, got {len(self.class_names)}"
             )
+        if text_encoder is not None and self.denoiser.text_width is None:
+            raise ValueError(f"text_encoder: this denoiser takes no text, expected None, got {text_encoder!r}")
+        self.text_encoder = text_encoder
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -73,7 +79,7 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
     ) -> Tensor:
         """Images (B, channels, H, W) in [-1, 1]; arguments as in `FastSampler.sample`.
 
-        `labels` is its condition: classes, or the features of a text for a denoiser that takes them.
+        `labels` is its condition: classes, or the features of texts for a denoiser that takes them (see `encode_text`).
         """
         self._check_labels(labels)
         latents = self.sampler(rule=rule).sample(
@@ -87,6 +93,19 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel):
             callback=callback,
         )
         return self.decode(latents, batch_size=batch_size)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Features of texts as this model takes them, on its device: (B, width), or (B, L, width) with cross attention.
+
+        Raises: ValueError for a model that takes no text or does not say by which encoder; RuntimeError where the extra
+        `bldm-kernels[text]` is not installed.
+        """
+        if self.denoiser.text_width is None:
+            raise ValueError("text: this model takes no text")
+        if self.text_encoder is None:
+            raise ValueError("text: this model does not say which text encoder it was trained with; pass features of its texts")
+        device = next(self.parameters()).device
+        return TextEncoder(self.text_encoder, device).encode(texts, tokens=self.denoiser.cross_attention)
 
     def _check_labels(self, labels: int | Tensor | None) -> None:
         if labels is None or self.denoiser.text_width is not None:  # text is checked by the denoiser

@@ -1,7 +1,7 @@
 """Drawing: a labelled grid of images, written as a PNG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -22,7 +22,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def draw_grid(
     images: Tensor, captions: Sequence[str] | None = None, columns: int | None = None, min_side: int = 84
 ) -> Image.Image:
-    """A grid of images (B, 1 or 3, H, W) in [-1, 1], each over its caption; small images are enlarged by whole factors."""
+    """A grid of images (B, 1 or 3, H, W) in [-1, 1], each over its caption (or its beginning); small images are
+    enlarged by whole factors."""
     bk.checks.floating("images", images)
     if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images: expected (B >= 1, 1 or 3, H, W), got {tuple(images.shape)}")
@@ -31,8 +32,8 @@ def draw_grid(
     count, _, height, width = images.shape
     columns = math.isqrt(count - 1) + 1 if columns is None else bk.checks.integer("columns", columns, 1, 2**31 - 1)
     scale = max(1, -(-min_side // width))
-    gap, text = 6, 16 if captions else 0
-    cell_w, cell_h = width * scale + gap, height * scale + gap + text
+    gap, line = 6, 16 if captions else 0
+    cell_w, cell_h = width * scale + gap, height * scale + gap + line
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
     font = ImageFont.load_default(size=12)
@@ -43,8 +44,16 @@ def draw_grid(
         picture = Image.fromarray(pixels[i]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y))
         if captions:
-            pen.text((x + width * scale / 2, y + height * scale + 2), captions[i], fill="black", font=font, anchor="ma")
+            text = _fitting(captions[i], lambda words: pen.textlength(words, font=font) <= cell_w)
+            pen.text((x + width * scale / 2, y + height * scale + 2), text, fill="black", font=font, anchor="ma")
     return sheet
+
+
+def _fitting(text: str, fits: Callable[[str], bool]) -> str:
+    """As much of the beginning of a text as fits, with dots for the rest."""
+    if fits(text):
+        return text
+    return next((cut for end in range(len(text) - 1, 0, -1) if fits(cut := text[:end].rstrip() + "...")), "")
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:

@@ -8,7 +8,8 @@ import typer
 
 import bldm_kernels as bk
 
-from ..data import ImageData, load_images
+from ..data import ImageData, load_images, split_folder
+from ..training.conditions import CaptionFeatures, caption_features, features_file
 from ..training.loop import TrainOptions
 from .common import console, one_line_errors
 
@@ -33,10 +34,20 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 def _load(data: Path, image_size: int | None, limit: int | None) -> ImageData:
     loaded = load_images(data, "train", image_size)
     if limit is not None:
-        bk.checks.integer("max_train_samples", limit, 1, 2**62)
-        labels = None if loaded.labels is None else loaded.labels[:limit]
-        loaded = ImageData(loaded.images[:limit], labels, loaded.class_names)
+        loaded = loaded.first(bk.checks.integer("max_train_samples", limit, 1, 2**62))
     return loaded
+
+
+def _captions(data: Path, loaded: ImageData, text: str | None) -> CaptionFeatures | None:
+    """Features of the captions, if there are any, kept beside them."""
+    if loaded.captions is None:
+        if text is not None:
+            raise ValueError(f"text: {text!r} asked for, but {data} has no captions")
+        return None
+    tokens = bk.checks.option("text", text or "vector", ("vector", "tokens")) == "tokens"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = features_file(split_folder(data, "train"), tokens)
+    return caption_features(loaded.captions, cache, tokens=tokens, device=device)
 
 
 def _integers(name: str, text: str) -> list[int]:
@@ -72,6 +83,7 @@ def train_autoencoder(
     max_train_samples: Limit = None,
     image_size: ImageSize = None,
     flip: Flip = False,
+    augment: Annotated[bool, typer.Option("--augment", help="Move and scale images a little at random")] = False,
     save_every: SaveEvery = 2000,
     resume: Resume = False,
     log_dir: LogDir = None,
@@ -108,7 +120,15 @@ def train_autoencoder(
         log_dir=log_dir,
     )
     model = run(
-        config, loaded, options, out, mse_weight=mse_weight, entropy_weight=entropy_weight, flip=flip, details={"data": str(data)}
+        config,
+        loaded,
+        options,
+        out,
+        mse_weight=mse_weight,
+        entropy_weight=entropy_weight,
+        flip=flip,
+        augmented=augment,
+        details={"data": str(data)},
     )
     console.print(f"{out}: autoencoder with {_millions(model)} parameters, latents of {model.latent_shape} bits", soft_wrap=True)
 
@@ -129,7 +149,7 @@ def train(
     focal_gamma: Annotated[float, typer.Option(help="Exponent of the focal form")] = 1.0,
     weighting: Annotated[str, typer.Option(help="mean, or weighted by 1 - (t - 1) / T")] = "mean",
     posterior_kl: Annotated[float, typer.Option(help="Factor of the posterior's KL term")] = 0.0,
-    label_dropout: Annotated[float, typer.Option(help="Share of labels left out, for guidance")] = 0.1,
+    label_dropout: Annotated[float, typer.Option(help="Share of labels or captions left out, for guidance")] = 0.1,
     steps: Steps = 20_000,
     batch_size: BatchSize = 256,
     lr: Rate = 5e-4,
@@ -139,12 +159,14 @@ def train(
     max_minutes: Minutes = None,
     max_train_samples: Limit = None,
     flip: Flip = False,
+    augment: Annotated[int, typer.Option(min=0, help="Copies of each image, moved and scaled a little, to train on too")] = 0,
+    text: Annotated[str | None, typer.Option(help="Captions as one vector or as tokens for cross attention [vector]")] = None,
     save_every: SaveEvery = 2000,
     resume: Resume = False,
     log_dir: LogDir = None,
     seed: Seed = 0,
 ) -> None:
-    """Train a denoiser on the bits of a trained autoencoder; class-conditional when the data has labels."""
+    """Train a denoiser on the bits of a trained autoencoder; conditional when the data has labels or captions."""
     from ..autoencoder import BinaryAutoencoder
     from ..training.denoiser import train_denoiser
 
@@ -174,6 +196,8 @@ def train(
         prediction=prediction,
         label_dropout=label_dropout,
         flip=flip,
+        copies=augment,
+        captions=_captions(data, loaded, text),
         loss={"form": form, "focal_gamma": focal_gamma, "weighting": weighting, "posterior_kl": posterior_kl},
         details={"data": str(data)},
     )

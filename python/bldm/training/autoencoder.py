@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..autoencoder import BinaryAutoencoder
 from ..data import ImageData, to_float
+from .augment import augment
 from .loop import TrainOptions, accelerator, train
 
 
@@ -27,9 +28,13 @@ def train_autoencoder(
     mse_weight: float = 1.0,
     entropy_weight: float = 0.0,
     flip: bool = False,
+    augmented: bool = False,
     details: dict[str, Any] | None = None,
 ) -> BinaryAutoencoder:
-    """Train a `BinaryAutoencoder(**config)` on images, L1 + mse_weight MSE - entropy_weight code entropy; saves it to `out`."""
+    """Train a `BinaryAutoencoder(**config)` on images, L1 + mse_weight MSE - entropy_weight code entropy; saves it to `out`.
+
+    `flip` mirrors half of the images of a batch, `augmented` moves and scales them a little.
+    """
     accel = accelerator()
     torch.manual_seed(options.seed)
     model = BinaryAutoencoder(**config)
@@ -37,6 +42,8 @@ def train_autoencoder(
 
     def objective(trained: nn.Module, rows: Tensor, step: int) -> dict[str, Tensor]:
         x = to_float(images[rows])
+        if augmented:
+            x = augment(x)
         if flip:
             x = torch.cat([x[: len(x) // 2], x[len(x) // 2 :].flip(-1)])
         decoded, logits = trained(x, seed=options.seed * accel.num_processes + accel.process_index, step=step)

@@ -12,18 +12,26 @@ from ..autoencoder import BinaryAutoencoder
 from ..data import ImageData, to_float
 from ..diffusion import BinaryLatentDiffusion
 from ..losses import DiffusionLoss
+from .augment import augment
+from .conditions import CaptionFeatures, Captions, Labels
 from .loop import TrainOptions, accelerator, train
 
 
 @torch.no_grad()
-def encode_images(autoencoder: BinaryAutoencoder, images: Tensor, flip: bool, batch_size: int = 1000) -> Tensor:
-    """Packed latents of all images (then of their mirror images with `flip`), thresholded, on the autoencoder's device."""
+def encode_images(
+    autoencoder: BinaryAutoencoder, images: Tensor, flip: bool, copies: int = 0, seed: int = 0, batch_size: int = 1000
+) -> Tensor:
+    """Packed latents of all images (then of their mirror images with `flip`), thresholded, on the autoencoder's device; then
+    the same again `copies` times, each image moved and scaled a little at random."""
     device = next(autoencoder.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     parts = []
-    for mirrored in (False, True) if flip else (False,):
-        for part in images.split(batch_size):
-            x = to_float(part.to(device))
-            parts.append(autoencoder.encode(x.flip(-1) if mirrored else x))
+    for copy in range(copies + 1):
+        for mirrored in (False, True) if flip else (False,):
+            for part in images.split(batch_size):
+                x = to_float(part.to(device))
+                x = augment(x, generator) if copy else x
+                parts.append(autoencoder.encode(x.flip(-1) if mirrored else x))
     return torch.cat(parts)
 
 
@@ -39,6 +47,8 @@ def train_denoiser(
     prediction: str = "flip",
     label_dropout: float = 0.1,
     flip: bool = False,
+    copies: int = 0,
+    captions: CaptionFeatures | None = None,
     loss: dict[str, Any] | None = None,
     details: dict[str, Any] | None = None,
 ) -> BinaryLatentDiffusion:
@@ -47,32 +57,38 @@ def train_denoiser(
     Args:
         autoencoder: its folder.
         config: further arguments of `BinaryDenoiser`; the model is class-conditional when the data has labels.
-        label_dropout: share of labels replaced by the null label, in 0..1, which is what guidance needs.
+        label_dropout: share of labels or captions left out, in 0..1, which is what guidance needs.
         flip: train on the latents of the mirror images too.
+        copies: and on those of so many copies of each image, moved and scaled a little.
+        captions: features of the images' captions for a text-conditional model: as one token, or with lengths by cross attention.
         loss: arguments of `DiffusionLoss`.
     """
     if not 0 <= bk.checks.real("label_dropout", label_dropout) <= 1:
         raise ValueError(f"label_dropout: expected 0 <= label_dropout <= 1, got {label_dropout}")
     accel = accelerator()
+    bk.checks.integer("copies", copies, 0, 10**6)
+    if captions is not None and len(captions.counts) != len(data):
+        raise ValueError(f"captions: expected those of {len(data)} images, got those of {len(captions.counts)}")
     encoder = BinaryAutoencoder.from_pretrained(autoencoder, map_location=accel.device)
-    latents = encode_images(encoder, data.images, flip)
-    labels, num_classes = None, 0
-    if data.labels is not None:
+    latents = encode_images(encoder, data.images, flip, copies, options.seed)
+    condition: Labels | Captions | None = None
+    if captions is not None:
+        config = {**config, "text_width": captions.width, "cross_attention": captions.lengths is not None}
+        condition = Captions(captions, label_dropout, accel.device)
+    elif data.labels is not None:
         num_classes = int(data.labels.max()) + 1 if data.class_names is None else len(data.class_names)
         config = {**config, "num_classes": num_classes}
-        labels = data.labels.to(accel.device).repeat(2 if flip else 1)
+        condition = Labels(data.labels.to(accel.device), num_classes, label_dropout)
     torch.manual_seed(options.seed)
     known: Any = encoder._hub_mixin_config
-    model = BinaryLatentDiffusion(dict(known), config, schedule, num_steps, prediction, data.class_names)
+    names, text_encoder = (data.class_names, None) if captions is None else (None, captions.encoder)
+    model = BinaryLatentDiffusion(dict(known), config, schedule, num_steps, prediction, names, text_encoder)
     model.autoencoder.load_state_dict(encoder.state_dict())
     criterion = DiffusionLoss(model.schedule, prediction, **(loss or {}))
     num_bits = encoder.latent_shape[-1]
 
     def objective(trained: nn.Module, rows: Tensor, step: int) -> dict[str, Tensor]:
-        label = None if labels is None else labels[rows]
-        if label is not None and label_dropout > 0:
-            dropped = torch.rand(label.shape, device=label.device) < label_dropout
-            label = label.masked_fill(dropped, num_classes)  # the null label
+        label = None if condition is None else condition(rows % len(data))  # copies and mirror images come after
         seed = options.seed * accel.num_processes + accel.process_index
         return criterion(trained, latents[rows], num_bits, seed=seed, step=step, label=label)
 
