@@ -19,7 +19,8 @@ from bldm.training import denoiser as denoiser_training
 from bldm.training import loop
 from bldm.training.autoencoder import code_entropy, train_autoencoder
 from bldm.training.denoiser import encode_images, train_denoiser
-from bldm.training.loop import Batches, TrainOptions, accelerator, learning_rate_factor, train
+from bldm.training.loop import Batches, accelerator, train
+from bldm.training.options import TrainOptions, learning_rate_factor
 from test_data import write_idx
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -294,9 +295,9 @@ def watched(self, step):
     rows.append(call(self, step))
     return rows[-1]
 
-def saved(path, step, *rest):
-    save(path, step, *rest)
-    print("saved by", rank, "at", step, flush=True)
+def saved(path, state):
+    save(path, state)
+    print("saved by", rank, "at", state["step"], flush=True)
 
 loop.Batches.__call__, loop._save = watched, saved
 # Seven latents for two times four: one process has less to do. And the clock stops only one of them by itself.

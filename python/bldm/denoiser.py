@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class Block(nn.Module):
         with part("attention"):
             h = attend(q, k, v, mask)
         with part("proj"):
-            x = x + self.gamma1 * F.dropout(self.proj(h), self.dropout, self.training)
+            x = x + F.dropout(self._scaled(self.proj, self.gamma1, h), self.dropout, self.training)
         if self.cross is not None:
             with part("cross attention"):
                 h = self.cross(self.norm_cross(x), text, text_mask)
@@ -107,7 +107,14 @@ class Block(nn.Module):
         with part("norm"):
             h = self.norm2(x)
         with part("mlp"):
-            return x + self.gamma2 * F.dropout(self.mlp(h), self.dropout, self.training)
+            h = self.mlp[1](self.mlp[0](h))
+            return x + F.dropout(self._scaled(self.mlp[2], self.gamma2, h), self.dropout, self.training)
+
+    def _scaled(self, linear: Any, gamma: Tensor, x: Tensor) -> Tensor:
+        """gamma * linear(x). In training the factor goes into the weights: the output need not be kept for its gradient."""
+        if self.training:
+            return F.linear(x, gamma.unsqueeze(1) * linear.weight, gamma * linear.bias)
+        return gamma * linear(x)
 
 
 class Conditioned:

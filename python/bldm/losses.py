@@ -69,7 +69,7 @@ class DiffusionLoss:
         self._move(device)
         # Drawn on the CPU from (seed, step): the same on every device, and nothing to save for a resumed run.
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-        t = torch.randint(1, total + 1, (len(x_0),), generator=generator).to(device)
+        t = torch.randint(1, total + 1, (len(x_0),), generator=generator).to(device, non_blocking=True)
         x_t = bk.add_noise(x_0, self._flip[t], seed=seed, step=step, num_bits=num_bits)
         logits = denoiser(x_t, t) if label is None else denoiser(x_t, t, label)
         weight = 1 - (t - 1).float() / total if self.weighting == "weighted" else None

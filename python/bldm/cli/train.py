@@ -10,7 +10,7 @@ import bldm_kernels as bk
 
 from ..data import ImageData, load_images, split_folder
 from ..training.conditions import CaptionFeatures, caption_features, features_file
-from ..training.loop import TrainOptions
+from ..training.options import TrainOptions
 from .common import console, one_line_errors
 
 Data = Annotated[Path, typer.Argument(help="IDX folder, NPZ file or folder of images")]
@@ -27,7 +27,11 @@ ImageSize = Annotated[int | None, typer.Option(help="Pixels; needed for folders 
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror images too")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out")]
-LogDir = Annotated[str | None, typer.Option(help="Write TensorBoard scalars there")]
+LogDir = Annotated[str | None, typer.Option(help="Write TensorBoard scalars and sample grids there")]
+ImageEvery = Annotated[int, typer.Option(help="Steps between sample grids in TensorBoard")]
+Warmup = Annotated[int, typer.Option(help="Steps of the learning rate's rise, at most a tenth of all")]
+RateSchedule = Annotated[str, typer.Option("--lr-schedule", help="cosine or constant")]
+Fsdp = Annotated[bool, typer.Option("--fsdp", help="Several processes: shard weights and optimiser (FSDP2), not a copy on each")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 
 
@@ -73,12 +77,18 @@ def train_autoencoder(
     mode: Annotated[str, typer.Option(help="Bits in training: bernoulli or threshold")] = "bernoulli",
     mse_weight: Annotated[float, typer.Option(help="Loss: L1 + this times MSE")] = 1.0,
     entropy_weight: Annotated[float, typer.Option(help="Reward for using every bit")] = 0.0,
+    lpips_weight: Annotated[float, typer.Option(help="Of the perceptual distance LPIPS (extra lpips); 0: none")] = 0.0,
+    gan_weight: Annotated[float, typer.Option(help="Of the patch discriminator, before its adaptive weight; 0: none")] = 0.0,
+    gan_start: Annotated[int, typer.Option(help="Step from which on the discriminator takes part")] = 0,
     steps: Steps = 10_000,
     batch_size: BatchSize = 256,
     lr: Rate = 1e-3,
+    warmup: Warmup = 200,
+    lr_schedule: RateSchedule = "cosine",
     ema_decay: Decay = 0.999,
     mixed_precision: Precision = None,
     compile: Compile = False,
+    fsdp: Fsdp = False,
     max_minutes: Minutes = None,
     max_train_samples: Limit = None,
     image_size: ImageSize = None,
@@ -87,9 +97,11 @@ def train_autoencoder(
     save_every: SaveEvery = 2000,
     resume: Resume = False,
     log_dir: LogDir = None,
+    image_every: ImageEvery = 2000,
     seed: Seed = 0,
 ) -> None:
     """Train a binary autoencoder on images."""
+    from ..training.autoencoder import lpips
     from ..training.autoencoder import train_autoencoder as run
 
     levels = _integers("multipliers", multipliers)
@@ -110,14 +122,18 @@ def train_autoencoder(
         steps=steps,
         batch_size=batch_size,
         lr=lr,
+        warmup=warmup,
+        lr_schedule=lr_schedule,
         ema_decay=ema_decay,
         seed=seed,
         mixed_precision=_precision(mixed_precision),
         compile=compile,
+        fsdp=fsdp,
         save_every=save_every,
         max_minutes=max_minutes,
         resume=resume,
         log_dir=log_dir,
+        image_every=image_every,
     )
     model = run(
         config,
@@ -126,6 +142,10 @@ def train_autoencoder(
         out,
         mse_weight=mse_weight,
         entropy_weight=entropy_weight,
+        perceptual=lpips() if lpips_weight else None,
+        perceptual_weight=lpips_weight,
+        gan_weight=gan_weight,
+        gan_start=gan_start,
         flip=flip,
         augmented=augment,
         details={"data": str(data)},
@@ -153,9 +173,12 @@ def train(
     steps: Steps = 20_000,
     batch_size: BatchSize = 256,
     lr: Rate = 5e-4,
+    warmup: Warmup = 200,
+    lr_schedule: RateSchedule = "cosine",
     ema_decay: Decay = 0.9995,
     mixed_precision: Precision = None,
     compile: Compile = False,
+    fsdp: Fsdp = False,
     max_minutes: Minutes = None,
     max_train_samples: Limit = None,
     flip: Flip = False,
@@ -164,6 +187,7 @@ def train(
     save_every: SaveEvery = 2000,
     resume: Resume = False,
     log_dir: LogDir = None,
+    image_every: ImageEvery = 2000,
     seed: Seed = 0,
 ) -> None:
     """Train a denoiser on the bits of a trained autoencoder; conditional when the data has labels or captions."""
@@ -176,14 +200,18 @@ def train(
         steps=steps,
         batch_size=batch_size,
         lr=lr,
+        warmup=warmup,
+        lr_schedule=lr_schedule,
         ema_decay=ema_decay,
         seed=seed,
         mixed_precision=_precision(mixed_precision),
         compile=compile,
+        fsdp=fsdp,
         save_every=save_every,
         max_minutes=max_minutes,
         resume=resume,
         log_dir=log_dir,
+        image_every=image_every,
     )
     model = train_denoiser(
         autoencoder,

@@ -113,6 +113,10 @@ class Labels:
             label = label.masked_fill(_chosen(rows, self.dropout), self.null_label)
         return label
 
+    def examples(self, count: int) -> Tensor:
+        """So many labels, of all classes."""
+        return torch.arange(count, device=self.labels.device) * self.null_label // count
+
 
 class Captions:
     """One caption of each image at random, as features; a share of them replaced by zeros, which mean no text."""
@@ -129,6 +133,11 @@ class Captions:
         if self.dropout > 0:
             text = text.masked_fill(_chosen(rows, self.dropout).view(-1, *[1] * (text.dim() - 1)), 0.0)
         return text
+
+    def examples(self, count: int) -> Tensor:
+        """Features of so many captions, of images from all over the data."""
+        rows = torch.arange(count, device=self.first.device) * len(self.first) // count
+        return self.features[self.index[self.first[rows]]].float()
 
 
 def _chosen(rows: Tensor, share: float) -> Tensor:

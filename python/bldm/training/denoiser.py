@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import bldm_kernels as bk
@@ -11,10 +12,15 @@ import bldm_kernels as bk
 from ..autoencoder import BinaryAutoencoder
 from ..data import ImageData, to_float
 from ..diffusion import BinaryLatentDiffusion
+from ..grid import draw_grid
 from ..losses import DiffusionLoss
+from ..sampling import FastSampler
 from .augment import augment
 from .conditions import CaptionFeatures, Captions, Labels
-from .loop import TrainOptions, accelerator, train
+from .loop import accelerator, train
+from .options import TrainOptions
+
+SHOWN, SHOWN_STEPS = 16, 16  # of a sample grid
 
 
 @torch.no_grad()
@@ -65,7 +71,7 @@ def train_denoiser(
     """
     if not 0 <= bk.checks.real("label_dropout", label_dropout) <= 1:
         raise ValueError(f"label_dropout: expected 0 <= label_dropout <= 1, got {label_dropout}")
-    accel = accelerator()
+    accel = accelerator(options)
     bk.checks.integer("copies", copies, 0, 10**6)
     if captions is not None and len(captions.counts) != len(data):
         raise ValueError(f"captions: expected those of {len(data)} images, got those of {len(captions.counts)}")
@@ -92,7 +98,14 @@ def train_denoiser(
         seed = options.seed * accel.num_processes + accel.process_index
         return criterion(trained, latents[rows], num_bits, seed=seed, step=step, label=label)
 
-    averaged = train(model.denoiser, objective, len(latents), options, out, accel, {"config": config, **(details or {})})
+    def draw(averaged: nn.Module) -> Image.Image:
+        """Samples of the averaged denoiser, of all classes or of captions from all over the data."""
+        examples = None if condition is None else condition.examples(SHOWN)
+        sampler = FastSampler(averaged, model.schedule, latent_shape=model.latent_shape, prediction=prediction, graph=False)
+        return draw_grid(encoder.decode(sampler.sample(SHOWN, min(SHOWN_STEPS, num_steps), cond=examples)))
+
+    kept = {"config": config, **(details or {})}
+    averaged = train(model.denoiser, objective, len(latents), options, out, accel, kept, draw=torch.no_grad()(draw))
     model.denoiser.load_state_dict(averaged.state_dict())
     if accel.is_main_process:
         model.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""The training loop both models share: accelerate, AdamW, EMA, warm-up and cosine decay, atomic checkpoints, exact resume."""
+"""The training loop both models share: accelerate, AdamW, EMA, atomic checkpoints, exact resume, TensorBoard."""
 
 import datetime
 import json
@@ -10,63 +10,32 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from bldm_kernels import checks
 
 from ..checkpoint import write_atomically
 from ..progress import progress_bar
+from .learner import Learner
+from .options import TrainOptions
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "train.json"
 REPORT_EVERY = 50
 Objective = Callable[[nn.Module, Tensor, int], dict[str, Tensor]]
 
 
-@dataclass
-class TrainOptions:
-    """steps, batch_size (a process), lr, warmup steps, and so on; `max_minutes` ends a run early, after a checkpoint."""
+class Partner(Protocol):
+    """A second model that learns beside the first, once a step, from what the objective showed it."""
 
-    steps: int = 10_000
-    batch_size: int = 256
-    lr: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999
-    seed: int = 0
-    mixed_precision: str = "no"
-    compile: bool = False
-    save_every: int = 2000
-    max_minutes: float | None = None
-    resume: bool = False
-    log_dir: str | None = None
+    learner: Learner
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every"):
-            checks.integer(name, getattr(self, name), 1, 2**40)
-        for name in ("lr", "grad_clip"):
-            checks.positive(name, getattr(self, name))
-        if not 0 <= checks.real("ema_decay", self.ema_decay) < 1:
-            raise ValueError(f"ema_decay: expected 0 <= ema_decay < 1, got {self.ema_decay}")
-        if self.max_minutes is not None:
-            checks.positive("max_minutes", self.max_minutes)
-        checks.option("mixed_precision", self.mixed_precision, ("no", "bf16"))
-
-
-def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up (at most a tenth of the run), then cosine decay to a hundredth."""
-    warmup = min(warmup, total // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+    def learn(self, step: int, lr: float) -> dict[str, Tensor]: ...
 
 
 class Batches:
@@ -87,48 +56,61 @@ class Batches:
         return self._order[position * self.batch_size :][: self.batch_size]
 
 
-def accelerator() -> Any:
-    """huggingface accelerate: one GPU, several, or the CPU, as the launcher says."""
+def accelerator(options: TrainOptions | None = None) -> Any:
+    """huggingface accelerate: one GPU, several, or the CPU, as the launcher says; FSDP2 where the options or the launcher do."""
     try:
         from accelerate import Accelerator
+        from accelerate.utils import FullyShardedDataParallelPlugin
     except ImportError:
         raise RuntimeError("training needs the extra: pip install 'bldm-kernels[train]'") from None
-    return Accelerator(mixed_precision="no")  # autocast is ours: accelerate would keep its first choice for the whole process
+    options = options or TrainOptions()
+    plugin = None
+    if options.fsdp:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="no_wrap")
+    # bfloat16 is the Learner's own business: accelerate would keep its first choice for the whole process.
+    return Accelerator(mixed_precision="no", fsdp_plugin=plugin)
 
 
 def train(
-    model: nn.Module, objective: Objective, num_items: int, options: TrainOptions, out: Path, accel: Any, details: dict[str, Any]
+    model: nn.Module,
+    objective: Objective,
+    num_items: int,
+    options: TrainOptions,
+    out: Path,
+    accel: Any,
+    details: dict[str, Any],
+    *,
+    partner: Partner | None = None,
+    draw: Callable[[nn.Module], Image.Image] | None = None,
 ) -> nn.Module:
     """Minimise objective(model, rows, step)["loss"]; returns the averaged (EMA) model, on every process.
 
     Writes out/checkpoint.pt every `save_every` steps and out/train.json at the end (main process). With `options.resume` the
     run goes on from the checkpoint exactly as if it had not been interrupted: everything random is a function of the seed, the
     step and the process.
+
+    Args:
+        partner: learns after the model in every step; its state is in the checkpoint.
+        draw: picture of what the averaged model can do, for TensorBoard.
     """
-    model = model.to(accel.device).train()
-    ema = AveragedModel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.99))
-    first, minutes = _restore(out / CHECKPOINT, model, ema, optimizer) if options.resume else (0, 0.0)
-    trained, optimizer = accel.prepare(torch.compile(model) if options.compile else model, optimizer)
+    learner = Learner(model, options, accel)
+    if accel.is_main_process:
+        for left in out.glob(f".{CHECKPOINT}.*"):  # a process killed while it saved
+            left.unlink()
+    first, minutes = _restore(out / CHECKPOINT, learner, partner) if options.resume else (0, 0.0)
     batches = Batches(num_items, options.batch_size * accel.num_processes, options.seed)
-    writer = _writer(options.log_dir) if accel.is_main_process else None
+    writer = _writer(options.log_dir, first) if accel.is_main_process else None
     start, done, means = time.perf_counter(), first, Means()
     with progress_bar(Console(quiet=not accel.is_main_process)) as progress:
         task = progress.add_task("training", total=options.steps, completed=first)
         for step in range(first, options.steps):
             torch.manual_seed(((options.seed + 1) * 1_000_000_007 + step * accel.num_processes + accel.process_index) % 2**63)
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * learning_rate_factor(step, options.warmup, options.steps)
-            rows = batches(step).tensor_split(accel.num_processes)[accel.process_index].to(accel.device)
-            with torch.autocast(accel.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
-                losses = objective(trained, rows, step)
-            optimizer.zero_grad(set_to_none=True)
-            accel.backward(losses["loss"])
-            accel.clip_grad_norm_(trained.parameters(), options.grad_clip)
-            optimizer.step()
-            # The average starts out shorter, so that a short run does not keep its random beginning.
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(options.ema_decay, (1 + step) / (10 + step)))
-            ema.update_parameters(model)
+            rows = batches(step).tensor_split(accel.num_processes)[accel.process_index].to(accel.device, non_blocking=True)
+            with learner.computing():
+                losses = objective(learner.module, rows, step)
+            learner.update(losses["loss"], step, options.rate(step))
+            if partner is not None:
+                losses = {**losses, **partner.learn(step, options.rate(step))}
             done = step + 1
             means.add(losses)
             seconds = time.perf_counter() - start
@@ -141,11 +123,17 @@ def train(
                 shown = " ".join(f"{name} {value:.4f}" for name, value in values.items())
                 progress.update(task, description=f"{shown}  {rate:,.0f} images/s")
                 if writer is not None:
-                    for name, value in values.items():
+                    for name, value in {**values, "lr": options.rate(step), "images_per_second": rate}.items():
                         writer.add_scalar(name, value, step)
             progress.update(task, completed=done)
-            if save and accel.is_main_process:
-                _save(out / CHECKPOINT, done, minutes + seconds / 60, model, ema, optimizer)
+            if save:
+                state = _state(done, minutes + seconds / 60, learner, partner)  # on every process: the weights may be shared out
+                if accel.is_main_process:
+                    _save(out / CHECKPOINT, state)
+            if draw is not None and options.log_dir is not None and (end or done % options.image_every == 0):
+                picture = draw(learner.average())
+                if writer is not None:
+                    writer.add_image("samples", np.asarray(picture), done, dataformats="HWC")
             if late:
                 break
     minutes += (time.perf_counter() - start) / 60
@@ -153,7 +141,7 @@ def train(
         writer.close()
     if accel.is_main_process:
         write_summary(out, options, done, minutes, means.last, accel, details)
-    return ema.module.eval()
+    return learner.average()
 
 
 class Means:
@@ -161,20 +149,21 @@ class Means:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
         self.last: dict[str, float] = {}
 
     def add(self, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():
             value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if self.count else value
-        self.count += 1
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self, step: int) -> dict[str, float]:
-        self.last = {name: value.item() / self.count for name, value in self.sums.items()}
-        self.count = 0
-        if not math.isfinite(self.last["loss"]):
-            raise FloatingPointError(f"loss: {self.last['loss']} at or before step {step}")
+        self.last = {name: value.item() / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        for name, value in self.last.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name}: {value} at or before step {step}")
         return self.last
 
 
@@ -205,36 +194,35 @@ def write_summary(
     write_atomically(out / SUMMARY, lambda name: Path(name).write_text(text))
 
 
-def _writer(log_dir: str | None) -> Any:
+def _writer(log_dir: str | None, first: int) -> Any:
+    """Of TensorBoard; what an interrupted run wrote from step `first` on is not shown twice."""
     if log_dir is None:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise RuntimeError("log_dir: needs tensorboard: pip install 'bldm-kernels[train]'") from None
-    return SummaryWriter(log_dir)
+    return SummaryWriter(log_dir, purge_step=first or None)
 
 
-def _save(path: Path, step: int, minutes: float, model: nn.Module, ema: nn.Module, optimizer: Any) -> None:
-    state = {
-        "step": step,
-        "minutes": minutes,
-        "model": model.state_dict(),
-        "ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
+def _state(step: int, minutes: float, learner: Learner, partner: Partner | None) -> dict[str, Any]:
+    state = {"step": step, "minutes": minutes, **learner.state()}
+    return state if partner is None else {**state, "partner": partner.learner.state()}
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda name: torch.save(state, name))
 
 
-def _restore(path: Path, model: nn.Module, ema: nn.Module, optimizer: Any) -> tuple[int, float]:
+def _restore(path: Path, learner: Learner, partner: Partner | None) -> tuple[int, float]:
     """Load a checkpoint: the step to go on from and the minutes spent so far; 0 and 0 when there is none yet."""
     if not path.is_file():
         return 0, 0.0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        learner.restore(state)
+        if partner is not None:
+            partner.learner.restore(state["partner"])
         return int(state["step"]), float(state.get("minutes", 0.0))
     except (KeyError, TypeError, RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise ValueError(f"resume: {path} is not a checkpoint of this model: {error}") from None

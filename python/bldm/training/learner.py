@@ -1,0 +1,154 @@
+"""Learner: a model with all that its learning needs, on one device or, through accelerate, on many."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import sharding
+from .options import TrainOptions
+
+# Of the training step's attention on a GPU: cuDNN's is the fastest where it can do it.
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Learner:
+    """Float32 weights that learn, the bfloat16 copy that computes, the optimiser and the average of the weights.
+
+    Under "bf16" forward and backward run on a copy of the model in bfloat16, refreshed after every step, so that no activation
+    and no gradient is float32; AdamW, clipping and the average work on the float32 weights (Micikevicius et al. 2018).
+
+    Args:
+        model: what learns, without buffers; moved to the device, in training mode.
+        options: learning rate, precision, clipping, and so on.
+        accel: the `accelerate.Accelerator`; with several processes the gradients are averaged over them (DDP), or with
+            `options.fsdp`, or a launcher that says so, everything is sharded too (FSDP2).
+        betas: of AdamW.
+
+    Attributes:
+        model: the float32 weights; sharded under FSDP2.
+        module: what to call: the model, its copy, or what accelerate wrapped around them.
+        ema: the `AveragedModel` (of this process's shards under FSDP2).
+    """
+
+    def __init__(self, model: nn.Module, options: TrainOptions, accel: Any, betas: tuple[float, float] = (0.9, 0.99)):
+        self.accel, self.grad_clip, self.ema_decay = accel, options.grad_clip, options.ema_decay
+        self.model = model.to(accel.device).train()
+        self.copy: nn.Module | None = None
+        self._blank: nn.Module | None = None
+        bf16 = options.mixed_precision == "bf16"
+        if options.fsdp or accel.is_fsdp2:
+            self._blank = sharding.blank(model)
+            sharding.shard(model, accel.device, accel.num_processes, bf16)
+            self.ema = AveragedModel(nn.ParameterList(sharding.local(model.parameters())))
+            self.module = model
+        else:
+            self.ema = AveragedModel(model)
+            self.ema.module.eval()
+            self.copy = copy.deepcopy(model).to(torch.bfloat16) if bf16 else None
+            self.module = accel.prepare_model(model if self.copy is None else self.copy)
+        if options.compile:
+            compile_blocks(model if self.copy is None else self.copy)
+        on_gpu = accel.device.type == "cuda"
+        self.optimizer: Any = torch.optim.AdamW(
+            model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=betas, fused=on_gpu
+        )
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around forward passes: which attention kernels to prefer."""
+        if self.accel.device.type == "cuda":
+            with sdpa_kernel(ATTENTION, set_priority=True):
+                yield
+        else:
+            yield
+
+    def update(self, loss: Tensor, step: int, lr: float) -> None:
+        """One step of the optimiser, and of the average."""
+        self.accel.backward(loss)
+        if self.copy is not None:
+            self._take_gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average(step)
+        self._refresh()
+
+    def _take_gradients(self) -> None:
+        """The copy's gradients become the weights', in float32."""
+        assert self.copy is not None
+        gradients, given = [], []
+        for weight, computing in zip(self.model.parameters(), self.copy.parameters(), strict=True):
+            if computing.grad is not None:
+                weight.grad = torch.empty_like(weight)
+                gradients.append(weight.grad)
+                given.append(computing.grad)
+        torch._foreach_copy_(gradients, given)
+        self.copy.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        # `update_parameters` of AveragedModel would wait for the GPU in every step: its counter lies on the CPU.
+        averages = [p.detach() for p in self.ema.module.parameters()]
+        weights = sharding.local(p.detach() for p in self.model.parameters())
+        if step == 0:
+            torch._foreach_copy_(averages, weights)
+        else:
+            # The average starts out shorter, so that a short run does not keep its random beginning.
+            get_ema_multi_avg_fn(min(self.ema_decay, (1 + step) / (10 + step)))(averages, weights, self.ema.n_averaged)
+        self.ema.n_averaged += 1
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """The copy takes over the weights."""
+        if self.copy is not None:
+            torch._foreach_copy_(list(self.copy.parameters()), list(self.model.parameters()))
+
+    def average(self) -> nn.Module:
+        """The averaged model, whole, in evaluation mode. All processes must call it."""
+        if self._blank is None:
+            return self.ema.module
+        averaged = copy.deepcopy(self._blank).to_empty(device=self.accel.device).eval()
+        averaged.load_state_dict(sharding.together(list(self.ema.module.parameters()), self.model))
+        return averaged
+
+    def state(self) -> dict[str, Any]:
+        """Weights, average and optimiser, whole, whatever the processes. All of them must call it."""
+        return {
+            "model": sharding.whole(self.model.state_dict()),
+            "ema": {name: value for name, value in self.average().state_dict().items()},
+            "averaged": int(self.ema.n_averaged),
+            "optimizer": sharding.whole(self.optimizer.state_dict()),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave, on any number of processes. KeyError, ValueError or RuntimeError: it does not fit."""
+        parameters = dict(self.model.named_parameters())
+        weights = {name: sharding.part_of(value, parameters[name]) for name, value in state["model"].items()}
+        self.model.load_state_dict(weights)
+        if state["ema"].keys() != parameters.keys():
+            raise ValueError("the average has other parameters than the model")
+        averages = [sharding.part_of(state["ema"][name], parameter) for name, parameter in parameters.items()]
+        for average, value in zip(self.ema.module.parameters(), sharding.local(averages), strict=True):
+            average.copy_(value)
+        self.ema.n_averaged.fill_(state["averaged"])
+        moments = state["optimizer"]["state"]
+        for i, parameter in enumerate(parameters.values()):
+            if i in moments:
+                moments[i] = {name: sharding.part_of(value, parameter) for name, value in moments[i].items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._refresh()
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile a model's `blocks` one by one, which takes the time of one; or the whole model if it has none."""
+    for block in getattr(model, "blocks", [model]):
+        block.compile()
