@@ -17,9 +17,11 @@ from ..families import Accelerated
 from ..sampling import FastSampler
 from .modules import children_as_parts
 from .recording import Recording, parts_by_order, record, synchronize
-from .result import Phase, Profile, make_phase
+from .result import STEP, Phase, Profile, make_phase
 
 WARM_UP = 2
+# The sampling loop's and the decoding's own parts. A model that marks others needs no hooks.
+COMMON = {"begin", "state", "denoiser", "flip", "hook", "embed", "decoder"}
 ENOUGH = 0.9  # share of a graph's kernels that must be found again to say which part is which
 
 
@@ -85,9 +87,9 @@ def profile(
     if not samplers:
         raise ValueError("call: it did not sample with its argument")
     setting = Setting(samplers[-1].device, samplers, repeats, depth)
-    phases = [_phase("sampling", sample, "denoiser", _network(samplers[-1], target), setting)]
+    phases = [_phase("sampling", sample, _network(samplers[-1], target), setting)]
     if model is not None:
-        phases.append(_phase("decoding", _decoding(model, latents, options), "decoder", model.autoencoder.decoder, setting))
+        phases.append(_phase("decoding", _decoding(model, latents, options), model.autoencoder.decoder, setting))
     name = type(target.model if isinstance(target, Accelerated) else target).__name__
     told = [] if call is not None else [f"{num_samples} sample{'s' * (num_samples > 1)}", f"guidance {guidance_scale:g}"]
     return Profile(f"{name}: {', '.join([*told, *_described(samplers[-1])])}", tuple(phases))
@@ -124,18 +126,19 @@ def _described(sampler: FastSampler) -> Iterator[str]:
         yield f"autocast {str(sampler.autocast).removeprefix('torch.')}"
     if sampler.compile:
         yield "compiled"
-    device = sampler.device
-    yield torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+    device, threads = sampler.device, torch.get_num_threads()
+    on_cpu = f"{device.type}, {threads} thread{'s' * (threads > 1)}"
+    yield torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     yield f"torch {torch.__version__}"
 
 
-def _phase(name: str, call: Callable[[], Any], inside: str, module: nn.Module | None, setting: Setting) -> Phase:
-    """Time and record a call; the children of `module` are parts if nothing inside of the part `inside` is."""
+def _phase(name: str, call: Callable[[], Any], module: nn.Module | None, setting: Setting) -> Phase:
+    """Time and record a call; the children of `module` are parts if the model marks none."""
     device, samplers = setting.device, setting.samplers
     with _without_graphs(samplers):
         call()
         entered = record(call, device).entered
-    marked = module is None or any(f"{inside}/" in path for path in entered)
+    marked = module is None or not {STEP.sub("", path) for path in entered} <= {"", *COMMON}
 
     def recorded() -> Recording:
         with nullcontext() if marked or module is None else children_as_parts(module, setting.depth):
