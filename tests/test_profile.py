@@ -314,6 +314,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: bldm.profile(foreign()), ValueError, "call: an accelerated object .* got None"),
     (lambda: bldm.profile(foreign(), call=3), TypeError, "call: expected a function of the target, got int"),
     (lambda: bldm.profile(foreign(), call=lambda fast: 3), ValueError, "call: it did not sample with its argument"),
+    (lambda: bldm.profile(tiny_model(), call=print), ValueError, "call: a BinaryLatentDiffusion is sampled .* expected None"),
     (lambda: bldm.profile(tiny_model(), num_samples=0), ValueError, "num_samples: expected 1 <="),
     (lambda: bldm.profile(tiny_model(), steps=99), ValueError, "steps: expected 1 <= steps <= 16, got 99"),
     (lambda: bldm.profile(tiny_model(), repeats=0), ValueError, "repeats: expected 1 <="),
@@ -341,6 +342,10 @@ def made(batch, steps, device):
 
 def without_a_call(batch, steps, device):
     return bld.BinaryDiffusion().to(device)
+
+def whole_model(batch, steps, device):
+    from tiny_models import tiny_model
+    return tiny_model().to(device)
 
 number = 3
 """
@@ -375,6 +380,12 @@ def test_command_with_a_foreign_model(folder: Path, precision: str) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     assert result.output.startswith("BinaryDiffusion: ") and "logits" in result.output
     assert ("autocast bfloat16" in result.output) == (precision == "autocast")
+
+
+def test_command_with_a_model_made_by_a_function(folder: Path) -> None:
+    result = run("--import", "my_factory:whole_model", *FEW, "--batch", 3, "--guidance", 2)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.output.startswith("BinaryLatentDiffusion: 3 samples, guidance 2, ") and "decoding: " in result.output
 
 
 @pytest.mark.parametrize(

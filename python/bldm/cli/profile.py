@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..diffusion import BinaryLatentDiffusion
 from ..families import Accelerated, accelerate
-from ..profiling import Profile
 from ..profiling import profile as take_profile
 from ..sampling import FastSampler
 from .common import choose_device, console, load_model, one_line_errors
@@ -36,15 +36,10 @@ def _factory(name: str) -> Callable[..., Any]:
     return found
 
 
-def _foreign(name: str, batch: int, steps: int, device: torch.device, options: dict[str, Any]) -> tuple[Any, Any]:
-    """What the factory makes, accelerated if it is an object of another code base, and how to call it."""
+def _made(name: str, batch: int, steps: int, device: torch.device) -> tuple[Any, Any]:
+    """What the factory makes, and how to call it (None: as this library's own)."""
     made = _factory(name)(batch, steps, device)
-    target, call = made if isinstance(made, tuple) else (made, None)
-    if not isinstance(target, (FastSampler, Accelerated)):
-        target = accelerate(target, **options)
-    elif options:
-        raise ValueError(f"precision: {name} makes a {type(target).__name__}, which has one already; expected float32")
-    return target, call
+    return made if isinstance(made, tuple) else (made, None)
 
 
 @one_line_errors
@@ -52,7 +47,7 @@ def profile(
     model: Annotated[Path | None, typer.Option(help="Model folder, or user/name on the hub [default: bundled]")] = None,
     imported: Annotated[
         str | None,
-        typer.Option("--import", help="module:function of (batch, steps, device) -> (object for bldm.accelerate, call)"),
+        typer.Option("--import", help="module:function that makes the model instead: see docs/profiling.md"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples at once")] = 1,
     steps: Annotated[int, typer.Option(help="Sampling steps")] = 16,
@@ -72,23 +67,14 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its own start and stop on stderr
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if imported is not None and model is not None:
+        raise ValueError("model, import: expected one of them at most, got both")
     where, options = choose_device(device), PRECISIONS[precision]
-    found: Profile
-    if imported is not None:
-        if model is not None:
-            raise ValueError("model, import: expected one of them at most, got both")
-        target, call = _foreign(imported, batch, steps, where, options)
-        found = take_profile(target, num_samples=batch, steps=steps, call=call, repeats=repeats, depth=depth)
-    else:
-        found = take_profile(
-            load_model(model, where),
-            num_samples=batch,
-            steps=steps,
-            guidance_scale=guidance,
-            repeats=repeats,
-            depth=depth,
-            **options,
-        )
+    target, call = (load_model(model, where), None) if imported is None else _made(imported, batch, steps, where)
+    if not isinstance(target, (BinaryLatentDiffusion, FastSampler, Accelerated)):
+        target, options = accelerate(target, **options), {}
+    size: dict[str, Any] = {"num_samples": batch, "steps": steps, "guidance_scale": guidance}
+    found = take_profile(target, **size, call=call, repeats=repeats, depth=depth, **options)
     console.print(found.table(each))
     for path, write in ((png, found.plot), (trace, found.trace)):
         if path is not None:

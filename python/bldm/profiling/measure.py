@@ -49,7 +49,8 @@ def profile(
         target: a `BinaryLatentDiffusion` (sampling and decoding), a `FastSampler`, or what `bldm.accelerate` returns.
         num_samples, steps, cond, guidance_scale: of the call, as in `FastSampler.sample`; `cond` is by default every class in
             turn, for a model with classes.
-        call: samples once, given the target; needed for an accelerated object, whose `sample` has a signature of its own.
+        call: samples once, given the target, instead of these arguments; needed for an accelerated object, whose methods have
+            signatures of their own.
         repeats: >= 1.
         depth: >= 1, levels of modules, for models without marks.
         options: of the model's sampler, for example autocast=torch.bfloat16 (the decoder runs under it too) or compile=True.
@@ -71,6 +72,8 @@ def profile(
             "target: expected a BinaryLatentDiffusion, a FastSampler or what bldm.accelerate returns, "
             f"got {type(target).__name__}"
         )
+    if call is not None and model is not None:
+        raise ValueError("call: a BinaryLatentDiffusion is sampled as num_samples, steps and so on say; expected None")
     if options and model is None:
         raise ValueError(f"{', '.join(options)}: options of a model's sampler, but the target is no BinaryLatentDiffusion")
     sampler = target if model is None else model.sampler(**options)

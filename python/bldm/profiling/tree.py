@@ -53,7 +53,7 @@ class Node:
 
 
 def kind_of(name: str) -> str | None:
-    """ "block" for "block 3"; None for a name without a number."""
+    """What a number counts: "block" of "block 3"; None for a name without one."""
     match = NUMBERED.fullmatch(name)
     return match[1] if match else None
 
