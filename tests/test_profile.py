@@ -161,6 +161,18 @@ def test_a_sampler_of_a_plain_function() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_an_engine(device: str) -> None:
+    """The engine marks its own parts, though it is a module."""
+    engine = tiny_denoiser().to(device).optimize("float32")
+    sampler = bldm.FastSampler(engine, bk.BernoulliSchedule("linear", 16), latent_shape=(4, 8))
+    found = bldm.profile(sampler, num_samples=2, steps=3, repeats=1)
+    (phase,) = found.phases
+    check_sums(phase)
+    assert {"embed", "block 0/qkv", "block 0/attention", "block 0/proj", "block 0/mlp", "head and flip"} <= parts(phase)
+    assert "the model marks" in phase.note and "engine of float32, " in found.title
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_options_of_the_sampler(device: str) -> None:
     """bfloat16 products, in the decoder too: it takes copies into that precision."""
     model = tiny_model().to(device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bldm_kernels as bk
 
 from ..diffusion import BinaryLatentDiffusion
+from ..engine import DenoiserEngine
 from ..families import Accelerated
 from ..sampling import FastSampler
 from .modules import children_as_parts
@@ -125,6 +126,8 @@ def _decoding(model: BinaryLatentDiffusion, latents: Tensor, options: dict[str, 
 
 
 def _described(sampler: FastSampler) -> Iterator[str]:
+    if isinstance(sampler.denoiser, DenoiserEngine):
+        yield f"engine of {sampler.denoiser.precision}"
     if sampler.autocast is not None:
         yield f"autocast {str(sampler.autocast).removeprefix('torch.')}"
     if sampler.compile:

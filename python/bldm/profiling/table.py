@@ -23,8 +23,8 @@ def _draw_phase(phase: "Phase", each: bool) -> tuple[Text, Table, Text]:
     share = 1 / max(phase.steps, 1)
     title = f"{phase.name}: {phase.ms:.3f} ms a call"
     if phase.steps:
-        spread = f"fastest {min(phase.step_ms):.3f}, slowest {max(phase.step_ms):.3f}"
-        title += f", {phase.steps} steps of {phase.ms_per_step:.3f} ms (under the profiler: {spread})"
+        spread = f"{min(phase.step_ms):.3f} to {max(phase.step_ms):.3f}"
+        title += f", {phase.steps} steps of {phase.ms_per_step:.3f} ms (profiled: {spread})"
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("part", no_wrap=True)
     for heading in ("ms a step" if phase.steps else "ms", "share", "idle before", "calls"):
