@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import bldm_kernels as bk
 from bldm_kernels import doctor
 
-COMMANDS = ("sample", "reconstruct", "train-autoencoder", "train", "convert", "bench", "profile", "doctor")
+COMMANDS = ("sample", "reconstruct", "encode", "nearest", "train-autoencoder", "train", "convert", "bench", "profile", "doctor")
 FEW = ("--num-samples", "6", "--steps", "3", "--device", "cpu")
 
 

@@ -11,6 +11,7 @@ from .latents import PackedLatents
 from .profiling import profile
 from .quantizer import BinaryQuantizer
 from .sampling import Conventions, FastSampler, StepInfo
+from .store import LatentStore
 
 if TYPE_CHECKING:
     from .integrations.diffusers import BernoulliScheduler as BernoulliScheduler
@@ -24,6 +25,7 @@ __all__ = [
     "BinaryQuantizer",
     "Conventions",
     "FastSampler",
+    "LatentStore",
     "PackedLatents",
     "StepInfo",
     "accelerate",

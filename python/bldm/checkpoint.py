@@ -42,12 +42,23 @@ def write_atomically(path: Path, write: Any) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+        fsync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def _find_folder(name: str, **hub_options: Any) -> Path:
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable; where folders cannot be opened (Windows), the file system does so by itself."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def find_folder(name: str, **hub_options: Any) -> Path:
     """A folder here, or else that of a hub repository "user/name", both of whose files are then of the same commit."""
     path = Path(name)
     if path.is_file():
@@ -144,7 +155,7 @@ class PretrainedModel(
             force_download, token, cache_dir, local_files_only, revision: for the hub, as in `huggingface_hub.snapshot_download`.
             kwargs: `map_location` names the device (default "cpu"); others are arguments of the class instead of those stored.
         """
-        folder = _find_folder(
+        folder = find_folder(
             str(pretrained_model_name_or_path),
             force_download=force_download,
             token=token,

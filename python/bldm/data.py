@@ -5,6 +5,7 @@ import json
 import struct
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +44,46 @@ class ImageData:
         captions = None if self.captions is None else self.captions[:count]
         return ImageData(self.images[:count], labels, self.class_names, captions)
 
+    def read(self, start: int, stop: int) -> Tensor:
+        """uint8 (stop - start, C, H, W)."""
+        return self.images[start:stop]
+
+
+@dataclass
+class PictureFolder:
+    """Like `ImageData`, but every picture is read when it is asked for: uint8 (3, image_size, image_size)."""
+
+    files: list[Path]
+    image_size: int
+    labels: Tensor | None = None
+    class_names: list[str] | None = None
+    captions: list[list[str]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """uint8 (stop - start, 3, image_size, image_size), read by several threads."""
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(lambda file: load_picture(file, self.image_size), self.files[start:stop])))
+
 
 def load_images(path: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
-    """Load a whole data set into memory.
+    """Load a whole data set into memory: `open_images`, and all pictures of a folder read."""
+    data = open_images(path, split, image_size)
+    if isinstance(data, ImageData):
+        return data
+    return ImageData(data.read(0, len(data)), data.labels, data.class_names, data.captions)
+
+
+def open_images(path: str | Path, split: str = "train", image_size: int | None = None) -> ImageData | PictureFolder:
+    """Open a data set: a folder of pictures is only listed, anything else is in memory.
 
     Args:
         path: a folder with IDX files (train-images-idx3-ubyte[.gz] and so on, images and labels), an NPZ file with `images`
             uint8 (N, H, W[, C]), and `labels` and `class_names` if there are any (or split by split: train_images, ...),
-            or a folder of pictures, a subfolder being a class (below train/ and test/ folders if there are any), or, with a file
-            captions.json beside them, {"file name": {"captions": [text, ...]}, ...}, each with its captions.
+            or a picture, or a folder of them, a subfolder being a class (below train/ and test/ folders if there are any), or,
+            with a file captions.json beside them, {"file name": {"captions": [text, ...]}, ...}, each with its captions.
         split: "train" or "test".
         image_size: pictures are cropped to a square and resized to it; other data must have this size already.
 
@@ -64,12 +96,14 @@ def load_images(path: str | Path, split: str = "train", image_size: int | None =
         checks.integer("image_size", image_size, 1, 2**16)
     if not path.exists():
         raise FileNotFoundError(f"data: no file or folder {path}")
+    if path.is_file() and path.suffix.lower() in PICTURES and image_size is not None:
+        return PictureFolder([path], image_size)
     if path.is_file():
         data = _load_npz(path, split)
     elif (idx := _find_idx(path, split, "images")) is not None:
         data = _load_idx(path, idx, split)
     else:
-        return _load_folder(path, split, image_size)
+        return _open_folder(path, split, image_size)
     if image_size is not None and tuple(data.images.shape[2:]) != (image_size, image_size):
         raise ValueError(
             f"data: {path} has images of {tuple(data.images.shape[2:])} pixels, expected {image_size} x {image_size}"
@@ -165,32 +199,31 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
     return captions
 
 
-def _load_captioned(root: Path, image_size: int | None) -> ImageData:
+def _open_captioned(root: Path, image_size: int | None) -> PictureFolder:
     captions = read_captions(root)
     if image_size is None:
         raise ValueError(f"image_size: expected a size for the pictures in {root}, got None")
-    images = torch.stack([load_picture(root / name, image_size) for name in captions])
-    return ImageData(images, captions=list(captions.values()))
+    return PictureFolder([root / name for name in captions], image_size, captions=list(captions.values()))
 
 
-def _load_folder(path: Path, split: str, image_size: int | None) -> ImageData:
+def _open_folder(path: Path, split: str, image_size: int | None) -> PictureFolder:
     root = split_folder(path, split)
     if (root / CAPTIONS).is_file():
-        return _load_captioned(root, image_size)
+        return _open_captioned(root, image_size)
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in PICTURES)
     if not files:
         expected = "IDX files, or pictures (" + ", ".join(sorted(PICTURES)) + ")"
         raise ValueError(f"data: {root} holds no {expected}")
     if image_size is None:
         raise ValueError(f"image_size: expected a size for the pictures in {root}, got None")
-    images = torch.stack([load_picture(f, image_size) for f in files])
     parents = [f.parent.relative_to(root).parts for f in files]
     if not any(parents):
-        return ImageData(images)
+        return PictureFolder(files, image_size)
     if not all(parents):
         raise ValueError(f"data: {root} has pictures beside its class folders, for example {files[parents.index(())].name}")
     names = sorted({parts[0] for parts in parents})
-    return ImageData(images, torch.tensor([names.index(parts[0]) for parts in parents]), names)
+    number = {name: i for i, name in enumerate(names)}
+    return PictureFolder(files, image_size, torch.tensor([number[parts[0]] for parts in parents]), names)
 
 
 def load_picture(path: Path, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:

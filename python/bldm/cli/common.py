@@ -1,6 +1,7 @@
 """What several commands share: errors as one line, the device, the model."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..autoencoder import BinaryAutoencoder
 from ..bundled import bundled_model
+from ..checkpoint import CONFIG, find_folder
 from ..diffusion import BinaryLatentDiffusion
 
 console = Console()
@@ -42,3 +45,13 @@ def choose_device(name: str | None) -> torch.device:
 
 def load_model(path: Path | None, device: torch.device) -> BinaryLatentDiffusion:
     return BinaryLatentDiffusion.from_pretrained(path or bundled_model(), map_location=device)
+
+
+def load_autoencoder(path: Path | None, device: torch.device) -> BinaryAutoencoder:
+    """The autoencoder of a folder (or hub repository) that holds one, or a whole model."""
+    folder = find_folder(str(path or bundled_model()))
+    try:
+        whole = "autoencoder" in json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        whole = False  # the loader says what is wrong
+    return load_model(folder, device).autoencoder if whole else BinaryAutoencoder.from_pretrained(folder, map_location=device)

@@ -9,6 +9,7 @@ import typer
 import bldm_kernels as bk
 
 from ..data import ImageData, load_images, split_folder
+from ..store import LatentStore
 from ..training.conditions import CaptionFeatures, caption_features, features_file
 from ..training.options import TrainOptions
 from .common import console, one_line_errors
@@ -155,8 +156,9 @@ def train_autoencoder(
 
 @one_line_errors
 def train(
-    data: Data,
     autoencoder: Annotated[Path, typer.Option(help="Folder of a trained autoencoder")],
+    data: Annotated[Path | None, typer.Argument(help="IDX folder, NPZ file or folder of images; or --store")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder that `bldm encode` wrote with this autoencoder")] = None,
     out: Out = Path("runs/diffusion"),
     width: Annotated[int, typer.Option(help="Width of the transformer")] = 256,
     depth: Annotated[int, typer.Option(help="Blocks")] = 6,
@@ -194,8 +196,18 @@ def train(
     from ..autoencoder import BinaryAutoencoder
     from ..training.denoiser import train_denoiser
 
-    image_size = BinaryAutoencoder.from_pretrained(autoencoder).image_size
-    loaded = _load(data, image_size, max_train_samples)
+    loaded: ImageData | LatentStore
+    captions = None
+    if data is not None and store is None:
+        loaded = _load(data, BinaryAutoencoder.from_pretrained(autoencoder).image_size, max_train_samples)
+        captions = _captions(data, loaded, text)
+    elif store is not None and data is None:
+        for name, given in {"max_train_samples": max_train_samples, "text": text}.items():
+            if given is not None:
+                raise ValueError(f"{name}: a store is used whole and with its labels, expected None")
+        loaded = LatentStore(store)
+    else:
+        raise ValueError("data, store: expected one of them, got " + ("none" if data is None else "both"))
     options = TrainOptions(
         steps=steps,
         batch_size=batch_size,
@@ -225,9 +237,9 @@ def train(
         label_dropout=label_dropout,
         flip=flip,
         copies=augment,
-        captions=_captions(data, loaded, text),
+        captions=captions,
         loss={"form": form, "focal_gamma": focal_gamma, "weighting": weighting, "posterior_kl": posterior_kl},
-        details={"data": str(data)},
+        details={"data": str(data or store)},
     )
     console.print(f"{out}: denoiser with {_millions(model.denoiser)} parameters; try: bldm sample --model {out}", soft_wrap=True)
 

@@ -15,6 +15,8 @@ from ..diffusion import BinaryLatentDiffusion
 from ..grid import draw_grid
 from ..losses import DiffusionLoss
 from ..sampling import FastSampler
+from ..store import LatentStore
+from ..store.encode import fingerprint
 from .augment import augment
 from .conditions import CaptionFeatures, Captions, Labels
 from .loop import accelerator, train
@@ -41,10 +43,28 @@ def encode_images(
     return torch.cat(parts)
 
 
+def _of_store(
+    store: LatentStore, autoencoder: BinaryAutoencoder, device: torch.device
+) -> tuple[Tensor, Tensor | None, list[str] | None]:
+    """Latents, labels and class names of a whole store of this autoencoder's latents."""
+    if store.latent_shape != tuple(autoencoder.latent_shape):
+        raise ValueError(f"store: {store} does not hold latents of {autoencoder.latent_shape} bits, as the autoencoder makes")
+    if not store.complete:
+        raise ValueError(f"store: {store.path} is not complete; run the same bldm encode again")
+    if store.metadata.get("autoencoder", fingerprint(autoencoder)) != fingerprint(autoencoder):
+        raise ValueError(f"store: {store.path} was filled by an autoencoder with other weights")
+    if damage := store.verify():
+        raise ValueError(f"store: {damage[0]}")
+    resident = store.to(device)
+    label = store.columns.get("label")
+    labels = resident.tensors["label"] if label is not None and (label.shape, label.dtype) == ((), torch.int64) else None
+    return resident.tensors["packed"], labels, store.metadata.get("class_names")
+
+
 def train_denoiser(
     autoencoder: Path,
     config: dict[str, Any],
-    data: ImageData,
+    data: ImageData | LatentStore,
     options: TrainOptions,
     out: Path,
     *,
@@ -62,9 +82,11 @@ def train_denoiser(
 
     Args:
         autoencoder: its folder.
+        data: images, which are encoded first, or a store that the same autoencoder filled, which is then held on the device; its
+            labels are the column `label`.
         config: further arguments of `BinaryDenoiser`; the model is class-conditional when the data has labels.
         label_dropout: share of labels or captions left out, in 0..1, which is what guidance needs.
-        flip: train on the latents of the mirror images too.
+        flip: train on the latents of the mirror images too (of a store: `bldm encode --flip`).
         copies: and on those of so many copies of each image, moved and scaled a little.
         captions: features of the images' captions for a text-conditional model: as one token, or with lengths by cross attention.
         loss: arguments of `DiffusionLoss`.
@@ -76,18 +98,24 @@ def train_denoiser(
     if captions is not None and len(captions.counts) != len(data):
         raise ValueError(f"captions: expected those of {len(data)} images, got those of {len(captions.counts)}")
     encoder = BinaryAutoencoder.from_pretrained(autoencoder, map_location=accel.device)
-    latents = encode_images(encoder, data.images, flip, copies, options.seed)
+    if isinstance(data, LatentStore):
+        if flip or copies:
+            raise ValueError("flip, copies: the latents of a store are what they are; encode mirror images: bldm encode --flip")
+        latents, labels, class_names = _of_store(data, encoder, accel.device)
+    else:
+        latents = encode_images(encoder, data.images, flip, copies, options.seed)
+        labels, class_names = data.labels, data.class_names
     condition: Labels | Captions | None = None
     if captions is not None:
         config = {**config, "text_width": captions.width, "cross_attention": captions.lengths is not None}
         condition = Captions(captions, label_dropout, accel.device)
-    elif data.labels is not None:
-        num_classes = int(data.labels.max()) + 1 if data.class_names is None else len(data.class_names)
+    elif labels is not None:
+        num_classes = int(labels.max()) + 1 if class_names is None else len(class_names)
         config = {**config, "num_classes": num_classes}
-        condition = Labels(data.labels.to(accel.device), num_classes, label_dropout)
+        condition = Labels(labels.to(accel.device), num_classes, label_dropout)
     torch.manual_seed(options.seed)
     known: Any = encoder._hub_mixin_config
-    names, text_encoder = (data.class_names, None) if captions is None else (None, captions.encoder)
+    names, text_encoder = (class_names if labels is not None else None, None) if captions is None else (None, captions.encoder)
     model = BinaryLatentDiffusion(dict(known), config, schedule, num_steps, prediction, names, text_encoder)
     model.autoencoder.load_state_dict(encoder.state_dict())
     criterion = DiffusionLoss(model.schedule, prediction, **(loss or {}))
