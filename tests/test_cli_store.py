@@ -13,6 +13,7 @@ from bldm.data import load_images, open_images, to_float
 from bldm.store import encode_dataset
 from bldm.store.encode import fingerprint
 from bldm.training import denoiser as denoiser_training
+from bldm.training.conditions import CaptionFeatures
 from bldm.training.options import TrainOptions
 from PIL import Image
 from test_cli import fail, invoke
@@ -233,9 +234,7 @@ def test_training_refuses_a_store_that_does_not_fit(model: Path, data: Path, tmp
     invoke("encode", data, "--model", "ae", "--out", "s", *CPU)
     assert "data, store: expected one of them, got both" in fail(*train, data, "--store", "s")
     assert "data, store: expected one of them, got none" in fail(*train)
-    assert "max_train_samples: a store is used whole" in fail(
-        *train, "--store", "s", "--max-train-samples", 3
-    )
+    assert "max_train_samples: a store is used whole" in fail(*train, "--store", "s", "--max-train-samples", 3)
     assert "flip, copies: the latents of a store" in fail(*train, "--store", "s", "--flip")
     assert "store: nowhere has no index.json" in fail(*train, "--store", "nowhere")
     with bldm.LatentStore.writer("t", (3, 8)) as writer:
@@ -258,3 +257,29 @@ def test_training_without_labels(model: Path, data: Path, tmp_path: Path) -> Non
     with bldm.LatentStore.writer("s", autoencoder.latent_shape) as writer:
         writer.append(autoencoder.encode(to_float(load_images(data).images)))
     assert trained(Path("ae"), bldm.LatentStore("s"), tmp_path / "out").denoiser.num_classes is None
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_training_on_texts(model: Path, data: Path, tmp_path: Path, tokens: bool) -> None:
+    """The same as with the captions given beside the store."""
+    autoencoder = bldm.BinaryLatentDiffusion.from_pretrained(model).autoencoder
+    autoencoder.save_pretrained("ae")
+    packed = autoencoder.encode(to_float(load_images(data).images))
+    text = torch.randn(TRAIN, *([4, 6] if tokens else [6]), generator=torch.Generator().manual_seed(0)).half()
+    lengths = torch.arange(TRAIN) % 4 + 1
+    if tokens:
+        text = text * (torch.arange(4) < lengths[:, None])[..., None]
+    columns: dict[str, Any] = {"text": (text.shape[1:], torch.float16), "label": ((), torch.int64)}
+    about = {"text_encoder": "all-MiniLM-L6-v2"}
+    with bldm.LatentStore.writer("s", autoencoder.latent_shape, columns, metadata=about) as writer:
+        writer.append(packed, text=text, label=torch.zeros(TRAIN, dtype=torch.int64))
+    with bldm.LatentStore.writer("plain", autoencoder.latent_shape) as writer:
+        writer.append(packed)
+    one = trained(Path("ae"), bldm.LatentStore("s"), tmp_path / "one")
+    assert one.denoiser.text_width == 6 and one.denoiser.cross_attention == tokens and one.text_encoder == "all-MiniLM-L6-v2"
+    features = text[torch.arange(4) < lengths[:, None]] if tokens else text
+    captions = CaptionFeatures(
+        features, lengths if tokens else None, torch.arange(TRAIN), torch.ones(TRAIN, dtype=torch.int64), "all-MiniLM-L6-v2"
+    )
+    other = trained(Path("ae"), bldm.LatentStore("plain"), tmp_path / "other", captions=captions).state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in one.state_dict().items())

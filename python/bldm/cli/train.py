@@ -204,7 +204,7 @@ def train(
     elif store is not None and data is None:
         for name, given in {"max_train_samples": max_train_samples, "text": text}.items():
             if given is not None:
-                raise ValueError(f"{name}: a store is used whole and with its labels, expected None")
+                raise ValueError(f"{name}: a store is used whole and with its own texts, expected None")
         loaded = LatentStore(store)
     else:
         raise ValueError("data, store: expected one of them, got " + ("none" if data is None else "both"))

@@ -27,7 +27,7 @@ class CaptionFeatures:
     lengths: Tensor | None
     index: Tensor
     counts: Tensor
-    encoder: str
+    encoder: str | None
 
     @property
     def width(self) -> int:

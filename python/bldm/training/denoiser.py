@@ -16,11 +16,11 @@ from ..grid import draw_grid
 from ..losses import DiffusionLoss
 from ..sampling import FastSampler
 from ..store import LatentStore
-from ..store.encode import fingerprint
 from .augment import augment
 from .conditions import CaptionFeatures, Captions, Labels
 from .loop import accelerator, train
 from .options import TrainOptions
+from .stored import take
 
 SHOWN, SHOWN_STEPS = 16, 16  # of a sample grid
 
@@ -41,24 +41,6 @@ def encode_images(
                 x = augment(x, generator) if copy else x
                 parts.append(autoencoder.encode(x.flip(-1) if mirrored else x))
     return torch.cat(parts)
-
-
-def _of_store(
-    store: LatentStore, autoencoder: BinaryAutoencoder, device: torch.device
-) -> tuple[Tensor, Tensor | None, list[str] | None]:
-    """Latents, labels and class names of a whole store of this autoencoder's latents."""
-    if store.latent_shape != tuple(autoencoder.latent_shape):
-        raise ValueError(f"store: {store} does not hold latents of {autoencoder.latent_shape} bits, as the autoencoder makes")
-    if not store.complete:
-        raise ValueError(f"store: {store.path} is not complete; run the same bldm encode again")
-    if store.metadata.get("autoencoder", fingerprint(autoencoder)) != fingerprint(autoencoder):
-        raise ValueError(f"store: {store.path} was filled by an autoencoder with other weights")
-    if damage := store.verify():
-        raise ValueError(f"store: {damage[0]}")
-    resident = store.to(device)
-    label = store.columns.get("label")
-    labels = resident.tensors["label"] if label is not None and (label.shape, label.dtype) == ((), torch.int64) else None
-    return resident.tensors["packed"], labels, store.metadata.get("class_names")
 
 
 def train_denoiser(
@@ -82,8 +64,8 @@ def train_denoiser(
 
     Args:
         autoencoder: its folder.
-        data: images, which are encoded first, or a store that the same autoencoder filled, which is then held on the device; its
-            labels are the column `label`.
+        data: images, which are encoded first, or a store that the same autoencoder filled, which is then held on the device, with
+            the conditions that `stored.take` finds in it.
         config: further arguments of `BinaryDenoiser`; the model is class-conditional when the data has labels.
         label_dropout: share of labels or captions left out, in 0..1, which is what guidance needs.
         flip: train on the latents of the mirror images too (of a store: `bldm encode --flip`).
@@ -101,7 +83,8 @@ def train_denoiser(
     if isinstance(data, LatentStore):
         if flip or copies:
             raise ValueError("flip, copies: the latents of a store are what they are; encode mirror images: bldm encode --flip")
-        latents, labels, class_names = _of_store(data, encoder, accel.device)
+        stored = take(data, encoder, accel.device)
+        latents, labels, class_names, captions = stored.latents, stored.labels, stored.class_names, captions or stored.captions
     else:
         latents = encode_images(encoder, data.images, flip, copies, options.seed)
         labels, class_names = data.labels, data.class_names
@@ -115,7 +98,7 @@ def train_denoiser(
         condition = Labels(labels.to(accel.device), num_classes, label_dropout)
     torch.manual_seed(options.seed)
     known: Any = encoder._hub_mixin_config
-    names, text_encoder = (class_names if labels is not None else None, None) if captions is None else (None, captions.encoder)
+    names, text_encoder = (class_names, None) if captions is None else (None, captions.encoder)
     model = BinaryLatentDiffusion(dict(known), config, schedule, num_steps, prediction, names, text_encoder)
     model.autoencoder.load_state_dict(encoder.state_dict())
     criterion = DiffusionLoss(model.schedule, prediction, **(loss or {}))
