@@ -9,7 +9,7 @@ import bldm
 import numpy as np
 import pytest
 import torch
-from bldm import diffusion
+from bldm import bundled, diffusion
 from bldm.inpaint import inpainting_bits
 from PIL import Image
 from safetensors.torch import save_file
@@ -61,6 +61,18 @@ def test_texts_in_equal_shares(tokens: bool) -> None:
     assert torch.equal(latents_of("--text", "a red apple", "--text", "rose", "--guidance", 3), expected)
     with Image.open("samples.png") as picture:
         assert picture.size[1] == 2 * (84 + 6 + 16) + 6  # with captions
+
+
+def test_a_text_alone_asks_the_bundled_emoji_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundled, "files", lambda package: tmp_path)
+    assert "the bundled model emoji is missing" in fail("sample", "--text", "rose", *FEW)
+    text_model().save_pretrained(tmp_path / "pretrained" / "emoji")
+    invoke("sample", "--text", "rose", *FEW, "--latents", "latents")
+    own = text_model()
+    expected = own.sampler().sample(6, 3, cond=own.encode_text(["rose"] * 6), guidance_scale=2.0)
+    assert torch.equal(bldm.PackedLatents.load("latents").packed, expected)
+    with pytest.raises(ValueError, match="name: expected one of 'fashion-mnist', 'emoji', got 'faces'"):
+        bldm.bundled_model("faces")
 
 
 def test_without_a_text_a_text_model_paints_anything() -> None:

@@ -43,8 +43,9 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(path: Path | None, device: torch.device) -> BinaryLatentDiffusion:
-    return BinaryLatentDiffusion.from_pretrained(path or bundled_model(), map_location=device)
+def load_model(path: Path | None, device: torch.device, bundled: str = "fashion-mnist") -> BinaryLatentDiffusion:
+    """The model of a folder or hub repository, else the bundled one of this name."""
+    return BinaryLatentDiffusion.from_pretrained(path or bundled_model(bundled), map_location=device)
 
 
 def load_autoencoder(path: Path | None, device: torch.device) -> BinaryAutoencoder:

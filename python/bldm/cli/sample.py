@@ -16,7 +16,9 @@ from .conditions import choose, inpainting
 
 @one_line_errors
 def sample(
-    model: Annotated[Path | None, typer.Option(help="Model folder, or user/name on the hub [default: bundled]")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder, or user/name on the hub [default: bundled; with --text the emoji model]")
+    ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="How many samples")] = 64,
     steps: Annotated[int, typer.Option(help="Sampling steps")] = 16,
     label: Annotated[list[str] | None, typer.Option(help="Class name or index; may be repeated")] = None,
@@ -37,7 +39,7 @@ def sample(
 ) -> None:
     """Sample images, of classes or texts where the model takes such, and write them as a labelled grid."""
     where = choose_device(device)
-    loaded = load_model(model, where)
+    loaded = load_model(model, where, bundled="emoji" if text else "fashion-mnist")
     wanted = choose(loaded, label or [], text or [], text_features, num_samples)
     keep_mask, keep_bits = inpainting(loaded, inpaint, mask, where)
     sampler = loaded.sampler(rule=rule)
