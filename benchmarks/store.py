@@ -11,7 +11,6 @@ import datetime
 import itertools
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import bldm
 import torch
+from bldm.bench.run import commit, device_name
 from bldm.checkpoint import write_atomically
 
 import bldm_kernels as bk
@@ -123,14 +123,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         results = measure(Path(folder) / "store", arguments.latents, arguments.device)
-    cuda = arguments.device is not None and torch.cuda.is_available()
+    devices = ["cpu"] if arguments.device is None else ["cpu", arguments.device]
     about = {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "machine": f"{' and '.join(device_name(torch.device(name)) for name in devices)}, {os.cpu_count()} cores",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "bldm_kernels": bk.__version__,
+        "commit": commit(),
     }
     text = json.dumps({**about, "results": results}, indent=1) + "\n"
     print(text)

@@ -99,8 +99,8 @@ class LatentStore(Dataset):
     def _map(self) -> None:
         """Map every shard: `_rows[column][shard]` is an array of one item (all bytes of a sample) a sample, None if damaged."""
         self.damage: tuple[Damage, ...] = ()
-        shards = self.index.shards
-        self._rows: dict[str, list[np.ndarray | None]] = {name: [None] * len(shards) for name in self.index.layout.fields}
+        shards, self._samples, self._fields = self.index.shards, self.index.samples, self.index.layout.fields
+        self._rows: dict[str, list[np.ndarray | None]] = {name: [None] * len(shards) for name in self._fields}
         for number, entry in enumerate(shards):
             reason = self._look(entry)
             if reason is not None:
@@ -126,13 +126,13 @@ class LatentStore(Dataset):
     def _field(self, entry: ShardEntry, name: str) -> np.ndarray:
         layout = self.index.layout
         offset = len(layout.header(entry.samples))
-        for other, column in layout.fields.items():
+        for other, column in self._fields.items():
             if other == name:
                 break
             offset += entry.samples * column.nbytes
         # Copy on write: torch has no read-only tensors, and the file must not change through one.
-        shape, dtype = (entry.samples,), np.dtype(f"V{layout.fields[name].nbytes}")
-        return np.memmap(self.path / entry.file, dtype, "c", offset, shape).view(np.ndarray)
+        path, item = self.path / entry.file, _item(self._fields[name])
+        return np.memmap(path, item, "c", offset, (entry.samples,)).view(np.ndarray)
 
     def _leave_out(self, number: int, reason: str) -> None:
         start, entry = number * self.samples_per_shard, self.index.shards[number]
@@ -200,7 +200,7 @@ class LatentStore(Dataset):
 
     def __len__(self) -> int:
         """All samples of the index, those of damaged shards too: an index means the same sample whatever is damaged."""
-        return self.index.samples
+        return self._samples
 
     @cached_property
     def available(self) -> Tensor:
@@ -242,27 +242,25 @@ class LatentStore(Dataset):
         return indices
 
     def _gather(self, indices: np.ndarray) -> dict[str, Tensor]:
-        fields = self.index.layout.fields
-        out = {name: np.empty(len(indices), np.dtype(f"V{column.nbytes}")) for name, column in fields.items()}
+        out = {name: np.empty(len(indices), _item(column)) for name, column in self._fields.items()}
         for start in range(0, len(indices), GATHER):
             part = indices[start : start + GATHER]
             shards = part // self.samples_per_shard
             order = shards.argsort(kind="stable")
             local = (part - shards * self.samples_per_shard)[order]
             shards = shards[order]
-            cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(part)]
+            cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(part)]
             for begin, end in zip(cuts, cuts[1:], strict=False):
-                number, where, which = shards[begin], order[begin:end] + start, local[begin:end]
+                number, where, which = int(shards[begin]), order[begin:end] + start, local[begin:end]
                 for name, rows in self._rows.items():
                     out[name][where] = rows[number][which]  # type: ignore[index]
-        return {name: _tensor(rows, fields[name]) for name, rows in out.items()}
+        return {name: _tensor(rows, self._fields[name]) for name, rows in out.items()}
 
     def shards(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Shard after shard without copying: (index of its first sample, its samples). Damaged ones are left out."""
         for number in range(len(self.index.shards)):
             if self._whole(number):
-                fields = self.index.layout.fields
-                rows = {name: _tensor(rows[number], fields[name]) for name, rows in self._rows.items()}  # type: ignore[arg-type]
+                rows = {name: _tensor(rows[number], self._fields[name]) for name, rows in self._rows.items()}  # type: ignore[arg-type]
                 yield number * self.samples_per_shard, rows
 
     def stream(self, batch_size: int, **options: Any) -> "LatentStream":
@@ -288,6 +286,11 @@ class LatentStore(Dataset):
         """
         checks.integer("k", k, 1, len(self.available))
         return nearest(queries, ((start, batch["packed"]) for start, batch in self.shards()), k)
+
+
+def _item(column: Column) -> np.dtype:
+    """All bytes of one sample as one item, which numpy copies whole."""
+    return np.dtype((np.void, column.nbytes))
 
 
 def _tensor(rows: np.ndarray, column: Column) -> Tensor:
