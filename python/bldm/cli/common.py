@@ -35,9 +35,10 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device named, else a GPU if there is one."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def choose_device(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device named, else a GPU if there is one: of several processes on a machine, each its own."""
+    gpu = "cuda" if local_rank is None else f"cuda:{local_rank}"
+    device = torch.device(name or (gpu if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name} asked for, but no GPU is visible")
     return device

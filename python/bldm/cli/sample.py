@@ -1,11 +1,17 @@
 """`bldm sample`: paint a labelled grid of samples."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
+from rich.console import Console
 
+from ..data import PICTURES
+from ..diffusion import BinaryLatentDiffusion
+from ..generate import SampleFolder, Share, fingerprint
 from ..grid import draw_grid, save_png
 from ..latents import PackedLatents
 from ..progress import progress_bar
@@ -34,15 +40,50 @@ def sample(
     seed: Annotated[int, typer.Option(help="64-bit seed: the same seed gives the same samples")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once")] = 64,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: a GPU if there is one]")] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(help="PNG to write; or a folder, for one file a sample")] = Path("samples.png"),
+    packed: Annotated[bool, typer.Option("--packed", help="A folder of packed latents, not of images")] = False,
     latents: Annotated[Path | None, typer.Option(help="Also write the packed latents (safetensors)")] = None,
 ) -> None:
-    """Sample images, of classes or texts where the model takes such, and write them as a labelled grid."""
-    where = choose_device(device)
+    """Sample images, of classes or texts where the model takes such, and write them as a labelled grid or into a folder.
+
+    Into a folder, torchrun's processes share the work, and what is there already is skipped.
+    """
+    share, folder = Share.of_launcher(), out.suffix.lower() != ".png"
+    if out.suffix.lower() in PICTURES - {".png"}:
+        raise ValueError(f"out: expected a .png or a folder, got {out}")
+    if not folder and (share.processes > 1 or packed):
+        raise ValueError(f"out: {'packed latents go' if packed else 'several processes write'} into a folder, got {out}")
+    if folder and latents is not None:
+        raise ValueError("latents: a folder of samples has either images or, with --packed, latents")
+    where = choose_device(device, share.local_rank if share.processes > 1 else None)
     loaded = load_model(model, where, bundled="emoji" if text else "fashion-mnist")
     wanted = choose(loaded, label or [], text or [], text_features, num_samples)
     keep_mask, keep_bits = inpainting(loaded, inpaint, mask, where)
     sampler = loaded.sampler(rule=rule)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "seed": seed,
+        "guidance_scale": 1.0 if wanted.cond is None else guidance,
+        "keep_mask": None if keep_mask is None else keep_mask[0],
+        "keep_bits": None if keep_bits is None else keep_bits[0],
+    }
+    if folder:
+        tensors = {"condition": wanted.cond, "keep_mask": options["keep_mask"], "keep_bits": options["keep_bits"]}
+        settings = {
+            "model": fingerprint(loaded.state_dict()),
+            "conditions": fingerprint(tensors),
+            "steps": steps,
+            "rule": rule,
+            **{name: value for name, value in options.items() if name not in tensors},
+        }
+        target = SampleFolder(out, num_samples, batch_size, settings, packed=packed, share=share)
+
+        def draw(first: int, count: int) -> torch.Tensor:
+            cond = None if wanted.cond is None else wanted.cond[first : first + count]
+            return sampler.sample(count, steps, sample_offset=first, cond=cond, **options)
+
+        _fill(target, loaded, draw)
+        return
     batches = -(-num_samples // batch_size)
     start = time.perf_counter()
     with progress_bar(console) as progress:
@@ -51,25 +92,40 @@ def sample(
         def advance(info: StepInfo) -> None:
             progress.advance(task)
 
-        packed = sampler.sample(
+        drawn = sampler.sample(
             num_samples,
             steps,
-            temperature=temperature,
-            seed=seed,
             cond=wanted.cond,
-            guidance_scale=1.0 if wanted.cond is None else guidance,
-            keep_mask=None if keep_mask is None else keep_mask[0],
-            keep_bits=None if keep_bits is None else keep_bits[0],
             batch_size=batch_size,
             callback=advance,
+            **options,
         )
-        images = loaded.decode(packed, batch_size=batch_size).cpu()
+        images = loaded.decode(drawn, batch_size=batch_size).cpu()
     seconds = time.perf_counter() - start
     save_png(draw_grid(images, wanted.captions), out)
     if latents is not None:
-        PackedLatents(packed, loaded.latent_shape).save(latents)
+        PackedLatents(drawn, loaded.latent_shape).save(latents)
     console.print(
         f"{out}: {num_samples} samples in {seconds:.1f} s ({num_samples / seconds:.1f} a second, {steps} steps, {where})",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
+def _fill(folder: SampleFolder, model: BinaryLatentDiffusion, draw: Callable[[int, int], torch.Tensor]) -> None:
+    """Write what is missing of this process's share; `draw` gives the packed latents (first sample, number of samples)."""
+    missing, share = folder.missing(), folder.share
+    total, start = sum(count for _, count in missing), time.perf_counter()
+    with progress_bar(console if share.rank == 0 else Console(quiet=True)) as progress:
+        task = progress.add_task("sampling", total=total)
+        for first, count in missing:
+            folder.write(first, PackedLatents(draw(first, count), model.latent_shape), model.decode)
+            progress.advance(task, count)
+    seconds = time.perf_counter() - start
+    who = f" by process {share.rank} of {share.processes}" if share.processes > 1 else ""
+    console.print(
+        f"{folder.path}: {total} samples{who} in {seconds:.1f} s ({total / seconds:.1f} a second)",
         soft_wrap=True,
         highlight=False,
         markup=False,

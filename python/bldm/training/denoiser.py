@@ -11,6 +11,7 @@ import bldm_kernels as bk
 
 from ..autoencoder import BinaryAutoencoder
 from ..data import ImageData, to_float
+from ..denoiser import BinaryDenoiser
 from ..diffusion import BinaryLatentDiffusion
 from ..grid import draw_grid
 from ..losses import DiffusionLoss
@@ -117,7 +118,8 @@ def train_denoiser(
 
     kept = {"config": config, **(details or {})}
     averaged = train(model.denoiser, objective, len(latents), options, out, accel, kept, draw=torch.no_grad()(draw))
-    model.denoiser.load_state_dict(averaged.state_dict())
+    assert isinstance(averaged, BinaryDenoiser)
+    model.denoiser = averaged
     if accel.is_main_process:
         model.save_pretrained(out)
     accel.wait_for_everyone()

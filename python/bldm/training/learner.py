@@ -96,8 +96,8 @@ class Learner:
     @torch.no_grad()
     def _average(self, step: int) -> None:
         # `update_parameters` of AveragedModel would wait for the GPU in every step: its counter lies on the CPU.
-        averages = [p.detach() for p in self.ema.module.parameters()]
-        weights = sharding.local(p.detach() for p in self.model.parameters())
+        averages = sharding.local(self.ema.module.parameters())
+        weights = sharding.local(self.model.parameters())
         if step == 0:
             torch._foreach_copy_(averages, weights)
         else:

@@ -24,8 +24,8 @@ def shard(model: nn.Module, device: torch.device, num_processes: int, bf16: bool
 
 
 def local(parameters: Any) -> list[Tensor]:
-    """This process's part of every parameter; of one that is not sharded, all of it."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    """This process's part of every parameter, without gradient; of one that is not sharded, all of it."""
+    return [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parameters]
 
 
 def whole(state: Any) -> Any:
