@@ -85,7 +85,7 @@ def main() -> None:
     for function, arguments in _calls():
         function(*arguments)
     print("kernel, registers, spilled bytes, shared memory, constants", *sorted(set(map(repr, report))), sep="\n")
-    assert {name for name, *_ in report} == {"resident", "streaming", "tokens", "head_logits", "head_step"}
+    assert {name for name, *_ in report} == {"attend", "tokens", "head_logits", "head_step"}
     assert all(spilled == 0 for _, _, spilled, *_ in report), "a kernel spills registers"
 
 

@@ -41,21 +41,21 @@ def tokens(
     width,
     first_stride,
     second_stride,
-    parts,
     EXTRA: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_M tokens, the columns of one of `parts` parts: first programs of latent positions, then of extra tokens."""
+    """BLOCK_M tokens, PART columns of them: first programs of latent positions, then of extra tokens."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    part = tl.program_id(1)
-    columns = part * (width // parts) + tl.arange(0, BLOCK_D)[None, :]
-    column_exists = (tl.arange(0, BLOCK_D)[None, :] < width // parts) & (columns < width)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    columns = part * PART + tl.arange(0, BLOCK_D)[None, :]
+    column_exists = (tl.arange(0, BLOCK_D)[None, :] < PART) & (columns < width)
     num_tokens, num_rows = num_positions + EXTRA, num_samples * num_positions
     tiles = tl.cdiv(num_rows, BLOCK_M)
     if tl.program_id(0) < tiles:
@@ -87,10 +87,10 @@ def embed_tokens(
 ) -> None:
     num_samples, num_tokens, width = out.shape
     num_positions = num_tokens - len(extra)
-    parts = ceil_div(width, 128) if moments is None else moments.shape[1]
-    block_d = max(next_power_of_2(ceil_div(width, parts)), 16)
+    part = 128 if moments is None else width // moments.shape[1]
+    block_d = max(next_power_of_2(part), 16)
     block_m = min(64, 8192 // block_d) if num_samples * num_positions > 2048 else 16
-    grid = (ceil_div(num_samples * num_positions, block_m) + ceil_div(num_samples * len(extra), block_m), parts)
+    grid = (ceil_div(num_samples * num_positions, block_m) + ceil_div(num_samples * len(extra), block_m), ceil_div(width, part))
     strides = [0 if len(token) == 1 else token.stride(0) for token in extra]
     first, second = extra[0], extra[-1]
     with on_device(out):
@@ -109,8 +109,8 @@ def embed_tokens(
             width,
             strides[0],
             strides[-1],
-            parts,
             EXTRA=len(extra),
+            PART=part,
             BLOCK_M=block_m,
             BLOCK_D=block_d,
             BLOCK_C=BLOCK_C,

@@ -130,6 +130,19 @@ def head_step(
     exists = row < num_samples * num_positions
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = row // num_positions * num_tokens + row % num_positions
+    # Packed bytes of the tile, and all they need but the logits, which come last.
+    BYTES: tl.constexpr = BLOCK_C // 8
+    i = tl.arange(0, BLOCK_M * BYTES)
+    place = (tl.program_id(0) * BLOCK_M + i // BYTES).to(tl.int64)
+    column, row_bytes = tl.program_id(1) * BYTES + i % BYTES, (num_bits + 7) // 8
+    there = (place < num_samples * num_positions) & (column < row_bytes)
+    sample, offset = place // num_positions, place * row_bytes + column
+    byte = place % num_positions * row_bytes + column
+    x = tl.load(x_t + offset, there, 0)
+    n0, n1, d0, d1 = load_coefficients(coefficients, sample, there, PER_SAMPLE)
+    key, draw = value_or_load(seed, seed_tensor), value_or_load(step, step_tensor)
+    first = value_or_load(sample_offset, offset_tensor)
+
     mixed = _logits(h, rows, exists, weight, sums, bias, num_bits, width, eps, channels, BLOCK_K, STEPS)
     if GUIDED:
         rows += num_samples * num_tokens
@@ -137,36 +150,23 @@ def head_step(
         strength = guidance_scale if guidance_tensor is None else tl.load(guidance_tensor)
         mixed = fma(strength, mixed - uncond, uncond)
 
-    # From rows and channels to packed bytes and their bits.
-    BYTES: tl.constexpr = BLOCK_C // 8
     mixed = tl.reshape(mixed, (BLOCK_M * BYTES, 8))
-    i = tl.arange(0, BLOCK_M * BYTES)
-    place = (tl.program_id(0) * BLOCK_M + i // BYTES).to(tl.int64)
-    column, row_bytes = tl.program_id(1) * BYTES + i % BYTES, (num_bits + 7) // 8
-    there = (place < num_samples * num_positions) & (column < row_bytes)
-    sample, offset = place // num_positions, place * row_bytes + column
-    byte = place % num_positions * row_bytes + column
     if nonfinite is not None:
         bad = ~(tl.abs(mixed) < float("inf"))
         if any_of(bad):
             tl.atomic_add(nonfinite, tl.sum(tl.sum(bad.to(tl.int32), axis=1), axis=0))
-
-    x = tl.load(x_t + offset, there, 0)
     e = exp2_clamped(exponents(mixed, scale, x, X0_PREDICTION))
-    n0, n1, d0, d1 = load_coefficients(coefficients, sample, there, PER_SAMPLE)
     numerator, minus_unit = fma(n0, e, n0 + n1), fma(d0 * -(2.0**-16), e, (d0 + d1) * -(2.0**-16))
-    key, draw = value_or_load(seed, seed_tensor), value_or_load(step, step_tensor)
-    first = value_or_load(sample_offset, offset_tensor)
     flips = bernoulli(numerator, minus_unit, FLIP_STEP, key, draw, sample + first, byte)
     x ^= mask_padding(flips, byte, row_bytes, num_bits, WHOLE_BYTES)
     store_kept(out + offset, x, there, keep_mask, keep_bits, mask_stride, bits_stride, sample, byte)
 
 
-def _tiles(num_rows: int, num_bits: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile: small ones where there are few rows, so that the whole GPU takes part."""
+def _tiles(num_rows: int, num_bits: int, width: int, halves: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile: small ones where there are few rows, so that the whole GPU takes part; `halves`: 2 with guidance."""
     most = 16 if num_rows <= 1024 else 64
     block_c = min(max(next_power_of_2(num_bits), 16), most)
-    block_m, block_k = (16, 128) if num_rows <= 4096 else (64, 64)
+    block_m, block_k = (16, 128) if num_rows <= 4096 else (64 // halves, 64)
     grid = (ceil_div(num_rows, block_m), ceil_div(num_bits, block_c))
     tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k, "STEPS": ceil_div(width, block_k)}
     return grid, tile | {"num_warps": 4, "num_stages": 4}
@@ -212,7 +212,7 @@ def step(
 ) -> None:
     num_samples, num_positions = x_t.shape[:2]
     num_bits, width = weight.shape
-    grid, tile = _tiles(num_samples * num_positions, num_bits, width)
+    grid, tile = _tiles(num_samples * num_positions, num_bits, width, 2 if guided else 1)
     with on_device(h):
         head_step[grid](
             h,
