@@ -30,11 +30,19 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """A launcher and arguments for it: every kernel, with large and small tiles, everything optional at once or nothing."""
     import torch
 
-    from bldm_kernels.inference.triton import attention, embed, head
+    from bldm_kernels.inference.product import Weights
+    from bldm_kernels.inference.triton import attention, embed, head, norm, product
 
     def low(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16)
 
+    e4m3, one = torch.float8_e4m3fn, torch.ones(1)
+    for rows in (257, 16448):
+        yield norm.normalize, (low(rows, 768), 1e-5, torch.zeros(768), one, rows == 257, low(rows, 768).to(e4m3))
+        h, small = low(rows, 768), Weights(low(768, 3072).to(e4m3), low(768), one, one)
+        yield product.product, (low(rows, 3072), Weights(low(768, 3072), low(768)), True, True, None, h, None, False)
+        yield product.product, (low(rows, 3072).to(e4m3), small, True, True, None, h.to(e4m3), one, rows == 257)
+        yield product.product, (low(rows, 3072).to(e4m3), small, False, False, h, h, None, rows == 257)
     number, byte = torch.zeros(1, dtype=torch.int64), torch.uint8
     for special in (False, True):
         for batch, tokens, heads, dim in (
@@ -85,7 +93,7 @@ def main() -> None:
     for function, arguments in _calls():
         function(*arguments)
     print("kernel, registers, spilled bytes, shared memory, constants", *sorted(set(map(repr, report))), sep="\n")
-    assert {name for name, *_ in report} == {"attend", "tokens", "head_logits", "head_step"}
+    assert {name for name, *_ in report} == {"attend", "tokens", "head_logits", "head_step", "rows", "tiles"}
     assert all(spilled == 0 for _, _, spilled, *_ in report), "a kernel spills registers"
 
 

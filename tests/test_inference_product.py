@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from bldm_kernels.inference.attention import E4M3, to_e4m3
-from bldm_kernels.inference.embed import row_moments
-from bldm_kernels.inference.product import Stream, add_product, plain, prepare, product, stream, supports
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bldm_kernels as bk
+from bldm_kernels.inference.attention import E4M3, to_e4m3
+from bldm_kernels.inference.norm import normalize
+from bldm_kernels.inference.norm import supports as norm_supports
+from bldm_kernels.inference.product import add_product, plain, prepare, product, supports
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(5, 48, 32), (70, 96, 64), (130, 272, 208), (257, 64, 1552), (600, 144, 128)]  # rows, N, K
@@ -53,35 +54,45 @@ def error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("gelu", [False, True])
 def test_plain_form_is_the_modules(gelu: bool) -> None:
     linear, norm, gamma = layer(24, 40)
-    x = inputs(9, 40, torch.float64)
-    weights = prepare(linear, torch.float64, norm=norm, gamma=gamma)
-    y = linear.double()(norm.double()(x)) * gamma
-    expected = F.gelu(y) if gelu else y
-    # bias, sums and moments of a prepared layer are float32
-    assert error(plain(x, weights, row_moments(x, 4), gelu, None), expected) < 1e-6
-    h = torch.randn_like(expected)
-    assert error(plain(x, weights, row_moments(x, 1), gelu, h), expected + h) < 1e-6
+    h, offset = inputs(9, 40, torch.float64), torch.linspace(-1, 1, 40, device=DEVICE)
+    weights = prepare(linear.double(), torch.float64, norm=norm.double(), gamma=gamma)
+    y = linear(norm(h + offset)) * gamma
+    assert error(plain(normalize(h, norm.eps, offset=offset), weights, gelu), F.gelu(y) if gelu else y) < 1e-12
+    stream = torch.randn(9, 24, dtype=torch.float64, device=DEVICE)
+    expected = stream + plain(h, weights) - weights.bias
+    assert error(add_product(h, weights, stream), expected) < 1e-12  # the bias is the caller's
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 32), (7, 40), (130, 768), (1100, 272), (3, 5000)])
+def test_normalize(shape: tuple[int, int], triton_kernels: None) -> None:
+    h, offset = inputs(*shape), torch.linspace(-2, 1, shape[1], device=DEVICE)
+    assert norm_supports(h)
+    expected = F.layer_norm(h.double() + offset, shape[1:])
+    assert error(normalize(h, 1e-5, offset=offset), expected) < 3e-3
+    assert error(normalize(h, 1e-5), F.layer_norm(h.double(), shape[1:])) < 3e-3
+    scale = torch.tensor([0.02], device=DEVICE)
+    low = normalize(h, 1e-5, offset=offset, out_scale=scale)
+    assert low.dtype == E4M3 and error(low.float() * scale, to_e4m3(expected.float(), scale).float() * scale) < 1e-2
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_of_a_norm_and_a_layer(shape: tuple[int, int, int], low: bool, triton_kernels: None) -> None:
+def test_kernel_of_a_layer(shape: tuple[int, int, int], low: bool, triton_kernels: None) -> None:
     rows, columns, inner = shape
     linear, norm, _ = layer(columns, inner)
-    h = inputs(rows, inner)
-    scale = torch.tensor([0.05], device=DEVICE) if low else None
+    scale = torch.tensor([0.02], device=DEVICE) if low else None
     weights = prepare(linear, torch.bfloat16, norm=norm, input_scale=scale)
-    x = h if scale is None else to_e4m3(h, scale)
-    moments = row_moments(h, 1 if inner % 3 else 1)
+    x = inputs(rows, inner) if scale is None else to_e4m3(inputs(rows, inner), scale)
+    exact = x if low else x.double()
     assert supports(x, weights)
-    expected = plain(x if low else x.double(), weights, moments, False, None)
-    assert error(product(x, weights, moments=moments), expected) < 3e-3
-    out_scale = torch.tensor([0.02], device=DEVICE)
-    with_gelu = plain(x if low else x.double(), weights, moments, True, None)
-    got = product(x, weights, moments=moments, gelu=True, out_scale=out_scale)
+    assert error(product(x, weights), plain(exact, weights)) < 3e-3
+    assert error(product(x, weights, gelu=True), plain(exact, weights, gelu=True)) < 3e-3
+    out_scale = torch.tensor([0.1], device=DEVICE)
+    got, expected = product(x, weights, gelu=True, out_scale=out_scale), plain(exact, weights, gelu=True)
     assert got.dtype == E4M3
-    assert error(got.float() * out_scale, to_e4m3(with_gelu.float(), out_scale).float() * out_scale) < 1e-2
+    assert error(got.float() * out_scale, to_e4m3(expected.float(), out_scale).float() * out_scale) < 1e-2
 
 
 @torch.no_grad()
@@ -90,51 +101,43 @@ def test_kernel_of_a_norm_and_a_layer(shape: tuple[int, int, int], low: bool, tr
 def test_kernel_that_adds_to_the_stream(shape: tuple[int, int, int], low: bool, triton_kernels: None) -> None:
     rows, columns, inner = shape
     linear, _, gamma = layer(columns, inner)
-    x = inputs(rows, inner)
-    scale = torch.tensor([0.05], device=DEVICE) if low else None
+    scale = torch.tensor([0.02], device=DEVICE) if low else None
     weights = prepare(linear, torch.bfloat16, gamma=gamma, input_scale=scale)
-    x = x if scale is None else to_e4m3(x, scale)
+    x = inputs(rows, inner) if scale is None else to_e4m3(inputs(rows, inner), scale)
     h = inputs(rows, columns)
-    expected = plain(x if low else x.double(), weights, None, False, h)
-    low_scale = torch.tensor([0.1], device=DEVICE)
-    results = []
-    for _ in range(2):
-        mine = h.clone()
-        results.append(add_product(x, weights, Stream(mine, row_moments(mine, 1)), low_scale=low_scale if low else None))
-        assert results[-1].h.data_ptr() == mine.data_ptr()
-    one, two = results
-    assert torch.equal(one.h, two.h) and torch.equal(one.moments, two.moments)  # whoever adds the parts up
-    assert error(one.h, expected) < 3e-3
-    torch.testing.assert_close(one.moments.sum(1), row_moments(one.h, 1).sum(1), rtol=1e-5, atol=1e-3)
-    if low:
-        assert one.low is not None and error(one.low.float() * low_scale, to_e4m3(one.h, low_scale).float() * low_scale) < 1e-6
-    else:
-        assert one.low is None
+    expected = plain(x if low else x.double(), weights, bias=False) + h
+    one, two = h.clone(), h.clone()
+    assert add_product(x, weights, one) is one
+    assert error(one, expected) < 3e-3
+    assert torch.equal(one, add_product(x, weights, two))
 
 
 @torch.no_grad()
-def test_what_the_kernel_does_not_take_is_plain(triton_kernels: None) -> None:
+def test_what_the_kernels_do_not_take_is_plain(triton_kernels: None) -> None:
     linear, norm, _ = layer(24, 20)
     weights = prepare(linear, torch.bfloat16, norm=norm)
-    x = inputs(7, 20)
+    h = inputs(7, 20)
+    x = normalize(h, norm.eps)
     assert not supports(x, weights)
-    expected = linear(norm(x.float()))
-    assert error(product(x, weights, moments=row_moments(x, 1)), expected) < 1e-2
-    added = add_product(inputs(7, 20), prepare(linear, torch.bfloat16), stream(inputs(7, 24)))
-    assert error(added.h, linear(x.float()) + inputs(7, 24).float()) < 1e-2
+    assert error(product(x, weights), linear(norm(h.float()))) < 1e-2
+    assert error(add_product(x, weights, inputs(7, 24)), plain(x, weights, bias=False) + inputs(7, 24)) < 1e-2
 
 
 def test_errors_name_the_argument() -> None:
-    linear, norm, _ = layer(32, 48)
-    weights, normed = prepare(linear, torch.bfloat16), prepare(linear, torch.bfloat16, norm=norm)
+    linear, _, _ = layer(32, 48)
+    weights = prepare(linear, torch.bfloat16)
     x = inputs(6, 48)
     with pytest.raises(ValueError, match=r"x: expected a contiguous \(M, 48\)"):
         product(inputs(6, 32), weights)
-    with pytest.raises(ValueError, match="moments: expected with a folded norm"):
-        product(x, normed)
-    with pytest.raises(ValueError, match=r"moments: expected a contiguous \(6, parts, 2\)"):
-        product(x, normed, moments=torch.zeros(5, 1, 2, device=DEVICE))
     with pytest.raises(TypeError, match="x: "):
         product(x.int(), weights)
-    with pytest.raises(ValueError, match=r"to.h: expected a contiguous \(6, 32\)"):
-        add_product(x, weights, stream(inputs(5, 32)))
+    with pytest.raises(ValueError, match=r"h: expected a contiguous \(6, 32\)"):
+        add_product(x, weights, inputs(5, 32))
+    with pytest.raises(ValueError, match=r"h: expected a contiguous \(M, W\)"):
+        normalize(x[None], 1e-5)
+    with pytest.raises(ValueError, match="out_scale: expected one element"):
+        product(x, weights, out_scale=torch.ones(32, device=DEVICE))
+    with pytest.raises(TypeError, match="out_scale: "):
+        normalize(x, 1e-5, out_scale=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="offset: "):
+        normalize(x, 1e-5, offset=torch.zeros(47, device=DEVICE))

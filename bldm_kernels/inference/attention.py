@@ -95,6 +95,10 @@ def _check_common(x: Tensor, name: str, keys: torch.Size, key_mask: Tensor | Non
         checks.tensor("key_mask", key_mask, (torch.bool,))
         checks.shape("key_mask", key_mask, keys, "one a key")
         checks.same_device("key_mask", key_mask, name, x)
+    check_scale(out_scale, name, x)
+
+
+def check_scale(out_scale: Tensor | None, name: str, x: Tensor) -> None:
     if out_scale is not None:
         checks.tensor("out_scale", out_scale, (torch.float32,))
         checks.same_device("out_scale", out_scale, name, x)

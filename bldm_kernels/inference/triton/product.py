@@ -1,8 +1,7 @@
 """Tiles of x @ W^T by the tensor cores, operands through TMA, and all that follows while a tile is in registers.
 
-A program takes one tile after the other, so that the operands of the next are on their way while it writes one. Where there
-are few tiles and K is large, several programs share a tile: each leaves its part of the sum in memory, and the last to come
-adds the parts in their order, so that the result does not depend on who that was.
+Where there are many tiles a program takes one after the other, so that the operands of the next are on their way while it
+writes one.
 """
 
 from functools import lru_cache
@@ -15,38 +14,34 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...backends.triton.common import INTERPRETED, ceil_div, next_power_of_2, on_device
-from ..product import TICKETS, Weights
+from ...backends.triton.common import INTERPRETED, ceil_div, on_device
+from ..product import Weights
 from .common import E4M3_MAX, dependent_launch, rounded
 from .common import product as dot
 
-LINE = tl.constexpr(128)  # bytes of a cache line, and of K a step
+STEP = 128  # bytes of K a step
+GROUP = 8  # row tiles that programs go over side by side, which share the weights in L2
 
 
 class Tiling(NamedTuple):
-    """Of a product: tile, column parts of a tile in the epilogue, programs a tile, warps, stages, and whether programs stay for
-    many tiles."""
+    """Of a product: tile, column parts of a tile in the epilogue, warps, stages, and whether programs stay for many tiles."""
 
     block_m: int
     block_n: int
     parts: int
-    split: int
     warps: int
     stages: int
     persistent: bool
 
 
 @lru_cache(maxsize=4096)
-def tiling(rows: int, columns: int, inner_bytes: int) -> Tiling:
-    """For (rows, K) @ (columns, K)^T, K in bytes: from measurements on an H200."""
+def tiling(rows: int, columns: int, residual: bool) -> Tiling:
+    """For (rows, K) @ (columns, K)^T, the fastest on an H200; in parts where a residual needs room beside the output."""
     if rows > 4096:
-        return Tiling(128, 256 if columns > 128 else 128, 2 if columns > 128 else 1, 1, 8, 3, True)
+        return Tiling(128, 256, 2 if residual else 1, 8, 3, True) if columns > 128 else Tiling(128, 128, 1, 4, 4, True)
     if rows > 512:
-        return Tiling(64, 128, 1, 1, 4, 4, False)
-    if ceil_div(rows, 64) * ceil_div(columns, 64) >= 132:
-        return Tiling(64, 128, 1, 1, 4, 5, False)
-    split = 4 if inner_bytes >= 3072 and ceil_div(rows, 64) * ceil_div(columns, 64) <= TICKETS else 1
-    return Tiling(64, 64, 1, split, 4, 6, False)
+        return Tiling(128, 128, 1, 4, 3, False)
+    return Tiling(64, 128, 1, 4, 5, False) if columns > 1024 else Tiling(64, 64, 1, 4, 6, False)
 
 
 @triton.jit
@@ -61,9 +56,9 @@ def _gelu(x):
 
 
 @triton.jit
-def _low(values, scale, dtype: tl.constexpr):
-    """values / scale, a pointer, in e4m3, saturated."""
-    values = tl.minimum(tl.maximum(values / tl.load(scale), -E4M3_MAX), E4M3_MAX)
+def _e4m3(values, dtype: tl.constexpr):
+    """Saturated."""
+    values = tl.minimum(tl.maximum(values, -E4M3_MAX), E4M3_MAX)
     if INTERPRETED:  # it truncates: to 4 significant bits, or multiples of 2^-9
         bits = values.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
@@ -72,160 +67,64 @@ def _low(values, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def _statistics(moments, rows, num_rows, parts, inner, eps, PARTS: tl.constexpr):
-    """rstd and rstd * mean of the rows, of `inner` columns each."""
-    part = tl.arange(0, PARTS)[None, :]
-    at = moments + (rows[:, None].to(tl.int64) * parts + part) * 2
-    there = (rows[:, None] < num_rows) & (part < parts)
-    total = tl.sum(tl.load(at, there, 0.0), axis=1) / inner
-    squares = tl.sum(tl.load(at + 1, there, 0.0), axis=1) / inner
-    rstd = tl.rsqrt(tl.maximum(squares - total * total, 0.0) + eps)
-    return rstd, rstd * total
-
-
-@triton.jit
-def _finish(
-    acc,
-    row,
-    column,
-    rstd,
-    shift,
-    bias,
-    sums,
-    scale,
-    residual,
-    out,
-    low,
-    out_moments,
-    out_scale,
-    num_rows,
-    num_columns,
-    GELU: tl.constexpr,
-):
+def _finish(y, row, column, bias, scale, residual, out, inverse, num_columns, GELU: tl.constexpr):
     """The part of a tile that begins at `row`, `column`: from sums to what is stored."""
-    columns = column + tl.arange(0, acc.shape[1])
-    inside = columns < num_columns
     if scale is not None:
-        acc = acc * tl.load(scale + columns, inside, 0.0)[None, :]
-    y = acc
-    if sums is not None:
-        y = y * rstd[:, None] - shift[:, None] * tl.load(sums + columns, inside, 0.0)[None, :]
-    y = y + tl.load(bias + columns, inside, 0.0)[None, :]
+        y = y * scale
+    if bias is not None:
+        columns = column + tl.arange(0, y.shape[1])
+        y = y + tl.load(bias + columns, columns < num_columns, 0.0).to(tl.float32)[None, :]
     if GELU:
         y = _gelu(y)
     if residual is not None:
         y = y + residual.load([row, column]).to(tl.float32)
-    if out_scale is None or low is not None:
-        stored = rounded(y, out.dtype)
-        out.store([row, column], stored.to(out.dtype))
-        y = stored.to(tl.float32)
-    if low is not None:
-        low.store([row, column], _low(y, out_scale, low.dtype))
-    elif out_scale is not None:
-        out.store([row, column], _low(y, out_scale, out.dtype))
-    if out_moments is not None:  # rows and columns that are not there hold zeros, but for the bias
-        y = tl.where(inside[None, :], y, 0.0)
-        rows = row + tl.arange(0, acc.shape[0])
-        at = out_moments + (rows.to(tl.int64) * tl.cdiv(num_columns, acc.shape[1]) + column // acc.shape[1]) * 2
-        there = (rows < num_rows) & (column < num_columns)
-        tl.store(at, tl.sum(y, axis=1), there)
-        tl.store(at + 1, tl.sum(y * y, axis=1), there)
+    if inverse is not None:
+        out.store([row, column], _e4m3(y * inverse, out.dtype))
+    else:
+        out.store([row, column], rounded(y, out.dtype).to(out.dtype))
 
 
 @triton.jit
-def _finish_all(
-    acc,
-    row,
-    column,
-    moments,
-    parts,
-    eps,
-    bias,
-    sums,
-    scale,
-    residual,
-    out,
-    low,
-    out_moments,
-    out_scale,
-    num_rows,
-    num_columns,
-    inner,
-    GELU: tl.constexpr,
-    PARTS: tl.constexpr,
-    HALVES: tl.constexpr,
-):
-    rstd, shift = 1.0, 0.0
-    if sums is not None:
-        rstd, shift = _statistics(moments, row + tl.arange(0, acc.shape[0]), num_rows, parts, inner, eps, PARTS)
-    if HALVES == 1:
-        _finish(
-            acc, row, column, rstd, shift, bias, sums, scale, residual, out, low, out_moments, out_scale, num_rows, num_columns, GELU
-        )
+def _finish_all(acc, row, column, bias, scale, residual, out, inverse, num_columns, GELU: tl.constexpr, PARTS: tl.constexpr):
+    if PARTS == 1:
+        _finish(acc, row, column, bias, scale, residual, out, inverse, num_columns, GELU)
     else:
         half: tl.constexpr = acc.shape[1] // 2
         a, b = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1)))
-        _finish(
-            a, row, column, rstd, shift, bias, sums, scale, residual, out, low, out_moments, out_scale, num_rows, num_columns, GELU
-        )
-        column += half
-        _finish(
-            b, row, column, rstd, shift, bias, sums, scale, residual, out, low, out_moments, out_scale, num_rows, num_columns, GELU
-        )
+        _finish(a, row, column, bias, scale, residual, out, inverse, num_columns, GELU)
+        _finish(b, row, column + half, bias, scale, residual, out, inverse, num_columns, GELU)
 
 
 @triton.jit
 def tiles(
     x,
     weight,
-    weight_lines,
     bias,
-    sums,
-    scale,
-    moments,
-    parts,
-    eps,
+    input_scale,
+    weight_scale,
     residual,
     out,
-    low,
-    out_moments,
     out_scale,
-    partial,
-    tickets,
     num_rows,
     num_columns,
-    inner,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SHARE: tl.constexpr,
-    GROUP: tl.constexpr,
+    STEPS: tl.constexpr,
     PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
     GELU: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All tiles of a product."""
+    """epilogue(x @ W^T)."""
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
+    scale, inverse = None, None
+    if input_scale is not None:
+        scale = tl.load(input_scale) * tl.load(weight_scale)
+    if out_scale is not None:
+        inverse = 1.0 / tl.load(out_scale)
     if PDL:
-        if not PERSISTENT:  # what the kernel before does not write is on its way to L2 while that ends
-            tile = tl.program_id(0) // SPLIT
-            first = (tile // tiles_m) * BLOCK_N
-            rows = tl.arange(0, BLOCK_N)[:, None]
-            for step in range(SHARE):
-                line = (tl.program_id(0) % SPLIT) * SHARE + step
-                at = weight_lines + (first + rows).to(tl.int64) * ROW_BYTES + line * LINE
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                    "=r,l",
-                    [tl.where((first + rows < num_columns) & (line * LINE < ROW_BYTES), at, weight_lines)],
-                    dtype=tl.int32,
-                    is_pure=False,
-                    pack=1,
-                )
         gdc_wait()
         gdc_launch_dependents()
     if PERSISTENT and not INTERPRETED:
@@ -235,145 +134,59 @@ def tiles(
             within = tile - group * (GROUP * tiles_n)
             row, column = (group * GROUP + within % size) * BLOCK_M, (within // size) * BLOCK_N
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for step in range(SHARE):
+            for step in range(STEPS):
                 acc = dot(x.load([row, step * BLOCK_K]), weight.load([column, step * BLOCK_K]).T, acc)
-            _finish_all(
-                acc,
-                row,
-                column,
-                moments,
-                parts,
-                eps,
-                bias,
-                sums,
-                scale,
-                residual,
-                out,
-                low,
-                out_moments,
-                out_scale,
-                num_rows,
-                num_columns,
-                inner,
-                GELU,
-                PARTS,
-                HALVES,
-            )
+            _finish_all(acc, row, column, bias, scale, residual, out, inverse, num_columns, GELU, PARTS)
     else:
-        tile, share = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
-        row, column = (tile % tiles_m) * BLOCK_M, (tile // tiles_m) * BLOCK_N
+        row, column = (tl.program_id(0) % tiles_m) * BLOCK_M, (tl.program_id(0) // tiles_m) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(SHARE):  # beyond K there are zeros
-            at = (share * SHARE + step) * BLOCK_K
-            acc = dot(x.load([row, at]), weight.load([column, at]).T, acc)
-        last = True
-        if SPLIT > 1:
-            size: tl.constexpr = BLOCK_M * BLOCK_N
-            place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            mine = partial + tile.to(tl.int64) * (SPLIT * size)
-            tl.store(mine + share * size + place, acc, cache_modifier=".cg")
-            tl.debug_barrier()  # all of it is written before the ticket says so
-            last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1
-            if last:
-                tl.store(tickets + tile, 0)
-                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                for other in tl.static_range(SPLIT):
-                    acc += tl.load(mine + other * size + place, cache_modifier=".cg")
-        if last:
-            _finish_all(
-                acc,
-                row,
-                column,
-                moments,
-                parts,
-                eps,
-                bias,
-                sums,
-                scale,
-                residual,
-                out,
-                low,
-                out_moments,
-                out_scale,
-                num_rows,
-                num_columns,
-                inner,
-                GELU,
-                PARTS,
-                HALVES,
-            )
-
-
-def new_moments(x: Tensor, weights: Weights) -> Tensor:
-    """Room for the moments that `product` leaves: one part for each part of a tile."""
-    rows, columns, inner = len(x), *weights.weight.shape
-    plan = tiling(rows, columns, inner * x.element_size())
-    return torch.empty(rows, ceil_div(columns, plan.block_n // plan.parts), 2, device=x.device)
+        for step in range(STEPS):
+            acc = dot(x.load([row, step * BLOCK_K]), weight.load([column, step * BLOCK_K]).T, acc)
+        _finish_all(acc, row, column, bias, scale, residual, out, inverse, num_columns, GELU, PARTS)
 
 
 def product(
     x: Tensor,
     weights: Weights,
-    moments: Tensor | None,
     gelu: bool,
+    bias: bool,
     residual: Tensor | None,
     out: Tensor,
-    low: Tensor | None,
-    out_moments: Tensor | None,
     out_scale: Tensor | None,
     pdl: bool,
     plan: Tiling | None = None,
 ) -> None:
-    """Fill `out` (M, N), and `low` and `out_moments` where they are given."""
+    """Fill `out` (M, N), which may be `residual`."""
     rows, columns, inner = len(x), *weights.weight.shape
-    plan = plan or tiling(rows, columns, inner * x.element_size())
-    block_k = LINE.value // x.element_size()
-    num_tiles = ceil_div(rows, plan.block_m) * ceil_div(columns, plan.block_n)
-    programs = num_tiles * plan.split
-    if plan.persistent and not INTERPRETED.value:
+    plan = plan or tiling(rows, columns, residual is not None)
+    block_k = STEP // x.element_size()
+    programs = ceil_div(rows, plan.block_m) * ceil_div(columns, plan.block_n)
+    if plan.persistent and x.is_cuda:
         programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    partial = None
-    if plan.split > 1:
-        partial = torch.empty(num_tiles * plan.split * plan.block_m * plan.block_n, device=x.device)
 
     def block(tensor: Tensor, height: int, width: int) -> TensorDescriptor:
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [height, width])
-
-    def stored(tensor: Tensor | None) -> TensorDescriptor | None:
-        return None if tensor is None else block(tensor, plan.block_m, plan.block_n // plan.parts)
 
     with on_device(x):
         tiles[(programs,)](
             block(x, plan.block_m, block_k),
             block(weights.weight, plan.block_n, block_k),
-            weights.weight.view(torch.uint8),
-            weights.bias,
-            weights.sums,
-            weights.scale,
-            moments,
-            1 if moments is None else moments.shape[1],
-            weights.eps,
-            stored(residual),
-            stored(out),
-            stored(low),
-            out_moments,
+            weights.bias if bias else None,
+            weights.input_scale,
+            weights.weight_scale,
+            None if residual is None else block(residual, plan.block_m, plan.block_n // plan.parts),
+            block(out, plan.block_m, plan.block_n // plan.parts),
             out_scale,
-            partial,
-            weights.tickets,
             rows,
             columns,
-            inner,
             BLOCK_M=plan.block_m,
             BLOCK_N=plan.block_n,
             BLOCK_K=block_k,
-            HALVES=plan.parts,
-            SPLIT=plan.split,
-            SHARE=ceil_div(ceil_div(inner, block_k), plan.split),
-            GROUP=8,
-            PARTS=1 if moments is None else next_power_of_2(moments.shape[1]),
+            STEPS=ceil_div(inner, block_k),
+            PARTS=plan.parts,
+            GROUP=GROUP,
             GELU=gelu,
             PERSISTENT=plan.persistent,
-            ROW_BYTES=inner * x.element_size(),
             num_warps=plan.warps,
             num_stages=plan.stages,
             **dependent_launch(pdl),
