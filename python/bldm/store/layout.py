@@ -23,7 +23,7 @@ from ..checkpoint import write_atomically
 
 FORMAT, VERSION = "bldm.LatentStore", 1
 INDEX, PACKED = "index.json", "packed"
-ALIGNMENT = 64
+PAGE = 4096  # data begin on one, and a multiple of it makes a shard: latents of 2 KiB then never lie on two pages
 SHARD_BYTES = 2**26
 DTYPES = {
     "U8": torch.uint8,
@@ -78,7 +78,7 @@ class Layout:
         columns: Mapping[str, tuple[Sequence[int], torch.dtype]],
         samples_per_shard: int | None,
     ) -> "Layout":
-        """From a caller's arguments. By default a shard holds 64 MiB."""
+        """From a caller's arguments. By default a shard holds at most 64 MiB."""
         shape = tuple(checks.integer("latent_shape", size, 1, 2**31 - 1) for size in latent_shape)
         if not shape:
             raise ValueError("latent_shape: expected at least the number of channels, got ()")
@@ -91,7 +91,10 @@ class Layout:
             known[name] = Column(tuple(checks.integer("columns", size, 1, 2**31 - 1) for size in sizes), dtype)
         layout = cls(shape, dict(sorted(known.items())), 1)
         sample = sum(column.nbytes for column in layout.fields.values())
-        count = max(1, SHARD_BYTES // sample) if samples_per_shard is None else samples_per_shard
+        count = samples_per_shard
+        if count is None:
+            count = max(1, SHARD_BYTES // sample)
+            count -= count % PAGE if count > PAGE else 0
         return cls(shape, layout.columns, checks.integer("samples_per_shard", count, 1, 2**40))
 
     @property
@@ -110,7 +113,7 @@ class Layout:
             start, end = end, end + samples * column.nbytes
             entries[name] = {"dtype": CODES[column.dtype], "shape": [samples, *column.shape], "data_offsets": [start, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()
-        size = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+        size = -(-(8 + len(text)) // PAGE) * PAGE - 8
         return struct.pack("<Q", size) + text.ljust(size)
 
     def to_json(self) -> dict[str, Any]:

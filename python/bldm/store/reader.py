@@ -86,7 +86,7 @@ class LatentStore(Dataset):
             path: the folder; made if it is not there.
             latent_shape: bits of one latent, for example (16, 16, 64).
             columns: name -> (shape of one sample, dtype), for example {"label": ((), torch.int64)}.
-            samples_per_shard: by default as many as make 64 MiB; what an interruption can lose is less than a shard.
+            samples_per_shard: by default as many as make up to 64 MiB; what an interruption can lose is less than a shard.
             metadata: JSON values about the whole, for example the names of the classes.
 
         Raises: ValueError if a store there was begun with other arguments, is complete or damaged, or has another writer.
