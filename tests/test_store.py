@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from bldm.store import Column, LatentStream, StoreWriter
-from bldm.store.layout import DTYPES, INDEX
+from bldm.store.layout import DTYPES, INDEX, Index
 from conftest import require_gpu
 from safetensors.torch import load_file
 from torch import Tensor
@@ -364,9 +365,23 @@ def without(name: str) -> Callable[[Path], None]:
     return run
 
 
+def rewritten(shard: int, **changes: Any) -> Callable[[Path], None]:
+    """An index with a checksum that is right, though its shards are not."""
+
+    def run(path: Path) -> None:
+        index = Index.read(path.parent)
+        index.shards[shard] = replace(index.shards[shard], **changes)
+        index.write(path.parent)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (rewritten(1, samples=7), "shard 1 is shard-00001.safetensors with 7 samples, where 8 make a shard"),
+        (rewritten(3, samples=9), "shard 3 is shard-00003.safetensors with 9 samples, where 8 make a shard"),
+        (rewritten(2, file="../other"), "shard 2 is ../other with 8 samples"),
         (edited(version=2), "it is of version 2, and this library reads version 1"),
         (edited(format="zarr"), "expected the format 'bldm.LatentStore'"),
         (edited(complete=False), "its contents do not match its checksum"),

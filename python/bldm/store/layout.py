@@ -139,6 +139,14 @@ class Index:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    def _check(self) -> None:
+        """Sample i is in shard i // samples_per_shard: the rest of the library counts on it."""
+        full = self.layout.samples_per_shard
+        for number, shard in enumerate(self.shards):
+            last = self.complete and number == len(self.shards) - 1
+            if shard.file != shard_name(number) or not (0 < shard.samples <= full if last else shard.samples == full):
+                raise ValueError(f"shard {number} is {shard.file} with {shard.samples} samples, where {full} make a shard")
+
     def write(self, folder: Path) -> None:
         body = {
             "format": FORMAT,
@@ -168,7 +176,9 @@ class Index:
             if body.pop("sha256") != _checksum(body):
                 raise ValueError("its contents do not match its checksum")
             shards = [ShardEntry(**shard) for shard in body["shards"]]
-            return cls(Layout.from_json(body), body["metadata"], shards, body["complete"])
+            index = cls(Layout.from_json(body), body["metadata"], shards, body["complete"])
+            index._check()
+            return index
         except KeyError as error:
             raise ValueError(f"store: {path} is damaged: it has no {error}{hint}") from None
         except (ValueError, TypeError) as error:

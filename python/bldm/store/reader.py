@@ -148,12 +148,10 @@ class LatentStore(Dataset):
         def check(number: int) -> str | None:
             entry = self.index.shards[number]
             reason = self._look(entry)
-            if (
-                reason is None
-                and hashlib.sha256(np.memmap(self.path / entry.file, np.uint8, "r").data).hexdigest() != entry.sha256
-            ):
-                return "does not match its checksum"
-            return reason
+            if reason is not None:
+                return reason
+            found = hashlib.sha256(np.memmap(self.path / entry.file, np.uint8, "r").data).hexdigest()
+            return None if found == entry.sha256 else "does not match its checksum"
 
         whole = [number for number in range(len(self.index.shards)) if self._whole(number)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
