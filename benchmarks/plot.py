@@ -1,12 +1,15 @@
-"""Draws result files of `bldm bench --out`: speed against size, and the fraction of the copy bandwidth.
+"""Draws result files: of `bldm bench --out` speed against size, and the fraction of the copy bandwidth; of engine.py its curves.
 
-python benchmarks/plot.py benchmarks/results/nvidia-h200.csv        (writes docs/images/nvidia-h200-{speed,wall}.png)
+python benchmarks/plot.py benchmarks/results/nvidia-h200.csv            (writes docs/images/nvidia-h200-{speed,wall}.png)
+python benchmarks/plot.py benchmarks/results/engine_nvidia_h200.json    (writes docs/images/engine_nvidia_h200-curves.png)
 """
 
 import argparse
 import csv
+import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -111,13 +114,43 @@ def draw_wall(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_curves(results: dict[str, Any], path: Path) -> None:
+    """What the engines cost as one quantity grows: ms a step, and the memory of an image."""
+    names = {"batch": "batch", "bits": "bits a position", "grid": "side of the grid", "steps": "steps"}
+    panels = [(name, "ms_per_step") for name in names if name in results["curves"]]
+    panels += [(name, "mib_per_image") for name in ("batch", "grid") if name in results["curves"]]
+    colours = {"bf16": COLOURS["triton"], "fp8": COLOURS["cuda"]}
+    figure, axes = grid(len(panels), 3.4, 2.8, columns=3)
+    for axis, (name, quantity) in zip(axes, panels, strict=True):
+        ticks: set[int] = set()
+        for precision, rows in results["curves"][name].items():
+            values = sorted((int(value), row[quantity]) for value, row in rows.items())
+            axis.plot(*zip(*values, strict=True), marker="o", markersize=3, color=colours[precision], label=precision)
+            ticks |= {value for value, _ in values}
+        axis.set(xscale="log", yscale="log", xlabel=names[name])
+        axis.set_ylabel({"ms_per_step": "ms a step", "mib_per_image": "MiB an image"}[quantity])
+        axis.set_xticks(sorted(ticks), map(str, sorted(ticks)), fontsize=7, rotation=45 if len(ticks) > 8 else 0)
+        axis.minorticks_off()
+        axis.grid(True, color="#eeeeee")
+    axes[0].legend(frameon=False)
+    machine = results["machine"]
+    figure.supxlabel(f"{machine['device']}, torch {machine['torch']}, {machine['date']}", fontsize=8, color="#666666")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="CSV files")
+    parser.add_argument("results", type=Path, nargs="+", help="CSV files of bldm bench, JSON files of engine.py")
     parser.add_argument("--images", type=Path, default=IMAGES, help="where the pictures go (default: docs/images)")
     arguments = parser.parse_args()
     arguments.images.mkdir(parents=True, exist_ok=True)
     for path in arguments.results:
+        if path.suffix == ".json":
+            target = arguments.images / f"{path.stem}-curves.png"
+            draw_curves(json.loads(path.read_text()), target)
+            print(target)
+            continue
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         if not rows:

@@ -8,7 +8,9 @@ import torch
 from bldm.engine.denoiser import Run
 from bldm.sampling.call import Call
 from bldm.sampling.hooks import Denoised
-from conftest import require_gpu
+from conftest import require_backend, require_gpu
+from targets import HAS_GPU
+from tiny_models import tiny_model
 from torch import Tensor
 
 import bldm_kernels as bk
@@ -25,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "wide": {"width": 64, "depth": 3, "num_heads": 1, "mlp_ratio": 2, "num_positions": 25, "num_bits": 64},
     "narrow": {"width": 12, "num_heads": 3, "num_positions": 7, "num_bits": 1, "time_embedding": "reference"},
     "dropout": {"dropout": 0.5},
+    "fast": {"width": 64, "num_heads": 2, "num_positions": 9, "num_bits": 24, "num_classes": 3, "null_class": False, "depth": 1},
 }
 
 
@@ -59,14 +62,14 @@ def conditions(model: bldm.BinaryDenoiser, batch: int = BATCH) -> list[Tensor | 
     device, generator = model.positions.device, torch.Generator().manual_seed(2)
     if model.num_classes is not None:
         labels = torch.arange(batch) % model.num_classes
-        labels[2] = model.null_label
+        labels[2 % batch] = model.null_label
         return [None, labels.to(device)]
     if model.text_width is not None:
         lengths = (3,) if model.cross_attention else ()
         text = torch.randn(batch, *lengths, model.text_width, generator=generator)
-        text[2] = 0
+        text[2 % batch] = 0
         if model.cross_attention:
-            text[3, 2:] = 0
+            text[3 % batch, 2:] = 0
         return [None, text.to(device)]
     return [None]
 
@@ -224,7 +227,7 @@ def test_calibration_takes_given_latents(config: str, device: str) -> None:
     engine = model.optimize("fp8", calibration=x_0, calibration_cond=cond)
     other = model.optimize("fp8")
     x_t, t = latents(model), torch.full((BATCH,), 9, device=device)
-    assert engine.blocks[0].qkv.input_scale.item() != other.blocks[0].qkv.input_scale.item()
+    assert engine.blocks[0].proj.input_scale.item() != other.blocks[0].proj.input_scale.item()
     for label in conditions(model):
         with torch.no_grad():
             assert distance(engine(x_t, t, label), model(x_t, t, label)) < PRECISIONS["fp8"]
@@ -258,3 +261,72 @@ def test_errors_name_the_argument() -> None:
             wrong()
     with pytest.raises(ValueError, match="label"):
         model_of("plain").optimize()(x_t, t, t)
+
+
+def test_a_whole_model_paints_like_itself(device: str) -> None:
+    model = tiny_model().to(device)
+    labels = torch.tensor([0, 1, 2, 1], device=device)
+    options: dict[str, Any] = {"labels": labels, "guidance_scale": 2.0, "seed": 3}
+    engine = model.optimize("float32")
+    latents = engine.sampler().sample(4, 8, cond=labels, guidance_scale=2.0, seed=3)
+    assert bk.hamming_distance(latents, model.sampler().sample(4, 8, cond=labels, guidance_scale=2.0, seed=3)).sum() <= 1
+    images = model.optimize("bf16").sample(4, 8, **options)
+    assert images.shape == (4, 1, 28, 28) and images.dtype == torch.float32
+    bf16 = model.optimize("bf16")
+    assert torch.equal(bf16.sample(4, 8, **options), images) and torch.equal(bf16.sample(4, 8, **options), images)
+    assert (bf16.decode(latents) - model.decode(latents)).abs().mean() < 2 / 255
+    assert bf16.latent_shape == model.latent_shape and bf16.class_names == model.class_names
+    with pytest.raises(ValueError, match="labels"):
+        engine.sample(2, 4, labels=7)
+    with pytest.raises(ValueError, match="precision"):
+        model.optimize("int8")
+
+
+def test_a_whole_model_is_refreshed() -> None:
+    model, other = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.2)
+    engine = model.optimize("fp8")
+    before = engine.sample(3, 4, labels=1)
+    engine.refresh(other)
+    assert torch.equal(engine.sample(3, 4, labels=1), other.optimize("fp8").sample(3, 4, labels=1))
+    engine.refresh(model)
+    assert torch.equal(engine.sample(3, 4, labels=1), before)
+
+
+def test_the_report_names_what_runs_and_fallbacks_are_warned_of(device: str) -> None:
+    model = model_of("cross attention", device)
+    for precision in PRECISIONS:
+        parts = {part.name: part for part in model.optimize(precision).report()}
+        assert {"embed", "blocks/qkv", "blocks/norm of qkv", "blocks/attention", "blocks/mlp down", "head"} <= set(parts)
+        assert parts["blocks/attention"].shape == (POSITIONS + 1, 3 * 32) and parts["embed"].shape == (POSITIONS, BITS)
+        assert parts["blocks/cross attention"].runs == "scaled_dot_product_attention"
+        if device == "cpu" or precision == "float32":
+            assert {part.runs for part in parts.values()} == {"PyTorch", "scaled_dot_product_attention"}
+        with bk.use_backend("triton"):
+            forced = {part.name: part.runs for part in model.optimize(precision).report()}
+        assert forced["embed"] == ("PyTorch" if precision == "float32" else "kernel")
+    if device == "cuda":
+        with pytest.warns(UserWarning, match="blocks/attention.*PyTorch"):
+            model_of("narrow", device).optimize()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@torch.no_grad()
+def test_kernels_and_plain_functions_make_the_same_logits(precision: str) -> None:
+    require_backend("triton")
+    model = model_of("fast").to("cuda" if HAS_GPU else "cpu")
+    engine, cond = model.optimize(precision), conditions(model, 2)[-1]
+    x_t, t = latents(model, 2), torch.tensor([5, 31], device=model.positions.device)
+    with bk.use_backend("torch"):
+        plain = engine(x_t, t, cond)
+    with bk.use_backend("triton"):
+        assert all(part.runs == "kernel" for part in engine.report())
+        logits = engine(x_t, t, cond)
+        assert torch.equal(engine(x_t, t, cond), logits)
+        samples = sampler(engine, model).sample(2, 1, cond=cond, guidance_scale=2.0)
+        assert torch.equal(sampler(engine, model, graph=False).sample(2, 1, cond=cond, guidance_scale=2.0), samples)
+    assert distance(logits, model(x_t, t, cond)) < PRECISIONS[precision]
+    assert distance(plain, model(x_t, t, cond)) < PRECISIONS[precision]
+    assert distance(logits, plain) < PRECISIONS[precision] / 2

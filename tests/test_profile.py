@@ -168,7 +168,15 @@ def test_an_engine(device: str) -> None:
     found = bldm.profile(sampler, num_samples=2, steps=3, repeats=1)
     (phase,) = found.phases
     check_sums(phase)
-    assert {"embed", "block 0/qkv", "block 0/attention", "block 0/proj", "block 0/mlp", "head and flip"} <= parts(phase)
+    assert {
+        "embed",
+        "block 0/qkv",
+        "block 0/attention",
+        "block 0/proj",
+        "block 0/mlp up",
+        "block 0/mlp down",
+        "head and flip",
+    } <= parts(phase)
     assert "the model marks" in phase.note and "engine of float32, " in found.title
 
 

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from ..data import PICTURES
-from ..diffusion import BinaryLatentDiffusion
 from ..generate import SampleFolder, Share, fingerprint
 from ..grid import draw_grid, save_png
 from ..latents import PackedLatents
+from ..painter import Painter
 from ..progress import progress_bar
 from ..sampling import StepInfo
 from .common import choose_device, console, load_model, one_line_errors
@@ -39,6 +39,7 @@ def sample(
     rule: Annotated[str, typer.Option(help="Reverse rule: plugin, marginal, renoise, ddim")] = "plugin",
     seed: Annotated[int, typer.Option(help="64-bit seed: the same seed gives the same samples")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once")] = 64,
+    precision: Annotated[str | None, typer.Option(help="Sample with the model's engine: bf16, fp8 [default: without]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: a GPU if there is one]")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; or a folder, for one file a sample")] = Path("samples.png"),
     packed: Annotated[bool, typer.Option("--packed", help="A folder of packed latents, not of images")] = False,
@@ -59,7 +60,8 @@ def sample(
     loaded = load_model(model, where, bundled="emoji" if text else "fashion-mnist")
     wanted = choose(loaded, label or [], text or [], text_features, num_samples)
     keep_mask, keep_bits = inpainting(loaded, inpaint, mask, where)
-    sampler = loaded.sampler(rule=rule)
+    painter = loaded if precision is None else loaded.optimize(precision)
+    sampler = painter.sampler(rule=rule)
     options: dict[str, Any] = {
         "temperature": temperature,
         "seed": seed,
@@ -74,6 +76,7 @@ def sample(
             "conditions": fingerprint(tensors),
             "steps": steps,
             "rule": rule,
+            "precision": precision,
             **{name: value for name, value in options.items() if name not in tensors},
         }
         target = SampleFolder(out, num_samples, batch_size, settings, packed=packed, share=share)
@@ -82,7 +85,7 @@ def sample(
             cond = None if wanted.cond is None else wanted.cond[first : first + count]
             return sampler.sample(count, steps, sample_offset=first, cond=cond, **options)
 
-        _fill(target, loaded, draw)
+        _fill(target, painter, draw)
         return
     batches = -(-num_samples // batch_size)
     start = time.perf_counter()
@@ -100,7 +103,7 @@ def sample(
             callback=advance,
             **options,
         )
-        images = loaded.decode(drawn, batch_size=batch_size).cpu()
+        images = painter.decode(drawn, batch_size=batch_size).cpu()
     seconds = time.perf_counter() - start
     save_png(draw_grid(images, wanted.captions), out)
     if latents is not None:
@@ -113,7 +116,7 @@ def sample(
     )
 
 
-def _fill(folder: SampleFolder, model: BinaryLatentDiffusion, draw: Callable[[int, int], torch.Tensor]) -> None:
+def _fill(folder: SampleFolder, model: Painter, draw: Callable[[int, int], torch.Tensor]) -> None:
     """Write what is missing of this process's share; `draw` gives the packed latents (first sample, number of samples)."""
     missing, share = folder.missing(), folder.share
     total, start = sum(count for _, count in missing), time.perf_counter()

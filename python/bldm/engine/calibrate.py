@@ -51,7 +51,7 @@ def calibrate(
 
 @contextmanager
 def observed(model: BinaryDenoiser) -> Iterator[list[Scales]]:
-    """The largest absolute input (1,) so far of every product of every block; of those behind a norm, without its weights."""
+    """The largest absolute input (1,) so far of every product of every block; without the norm's weights, which are folded in."""
     largest: list[Scales] = [{} for _ in model.blocks]
 
     def watch(module: nn.Module, seen: Scales, name: str) -> Callable[[], None]:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import bldm_kernels as bk
+from bldm_kernels.inference import embed, head
 from bldm_kernels.inference.embed import embed_tokens
 from bldm_kernels.inference.head import Head, fold_head, head_logits, head_step
 
 from ..denoiser import TIME_EMBEDDINGS, BinaryDenoiser, Conditioned
 from ..parts import part
-from .blocks import EngineBlock, Scales
+from .blocks import EngineBlock, Scales, set_offsets
 from .calibrate import calibrate
+from .report import Part, warn_of_fallbacks
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the residual stream
 
@@ -47,6 +49,7 @@ class DenoiserEngine(nn.Module, Conditioned):
 
     positions: Tensor
     token_weight: Tensor
+    shift: Tensor
     head_weight: Tensor
     head_sums: Tensor
     head_bias: Tensor
@@ -74,12 +77,14 @@ class DenoiserEngine(nn.Module, Conditioned):
         self.num_classes, self.null_class, self.null_label = model.num_classes, model.null_class, model.null_label
         self.text_width, self.cross_attention = model.text_width, model.cross_attention
         self.time_embedding, self.width = model.time_embedding, model.token_weight.shape[1]
+        self.pdl = False
         blocks = zip(model.blocks, scales, strict=True)
         self.blocks = nn.ModuleList(EngineBlock(block, self.dtype, known) for block, known in blocks)  # type: ignore
         self.register_buffer("token_weight", model.token_weight.to(self.dtype, copy=True))
-        self.register_buffer("positions", model.positions.float() + model.token_bias.float())
-        norm, head = model.norm, model.head
-        folded = fold_head(norm.weight, norm.bias, head.weight, head.bias, eps=norm.eps, dtype=self.dtype)
+        self.register_buffer("shift", set_offsets(self.blocks))  # type: ignore[arg-type]
+        self.register_buffer("positions", model.positions.float() + model.token_bias.float() + self.shift)
+        norm, last = model.norm, model.head
+        folded = fold_head(norm.weight, norm.bias, last.weight, last.bias, eps=norm.eps, dtype=self.dtype)
         self.head_eps = folded.eps
         for name in ("weight", "sums", "bias"):
             self.register_buffer(f"head_{name}", getattr(folded, name))
@@ -88,6 +93,8 @@ class DenoiserEngine(nn.Module, Conditioned):
         self.time = copy.deepcopy(model.time).float()
         self.classes, self.text = copy.deepcopy(model.classes), copy.deepcopy(model.text)
         self.eval().requires_grad_(False)
+        if self.positions.is_cuda and precision != "float32":
+            warn_of_fallbacks(self.report())
 
     def refresh(self, model: BinaryDenoiser, **calibration: Any) -> None:
         """Take over the weights that `model`, of the same configuration, has now: in place, so that captured graphs follow.
@@ -100,6 +107,16 @@ class DenoiserEngine(nn.Module, Conditioned):
             raise ValueError("model: expected the configuration of the model that this engine was made from")
         for name, value in mine.items():
             value.copy_(fresh[name])
+
+    def report(self) -> tuple[Part, ...]:
+        """What runs every part, so that a fallback to PyTorch is seen; parts of blocks that are alike are named once."""
+        extra = 1 + (self.classes is not None or self.text is not None)
+        h = torch.empty(1, self.num_positions + extra, self.width, dtype=self.dtype, device=self.positions.device)
+        inside = [part for block in self.blocks for part in block.report(h.shape[1])]  # type: ignore
+        parts = [Part.of("embed", (self.num_positions, self.num_bits), embed.supports(h, extra))]
+        parts += [Part(f"blocks/{name}", *rest) for name, *rest in inside]
+        parts.append(Part.of("head", h.shape[1:], head.supports(h, self.head)))
+        return tuple(dict.fromkeys(parts))
 
     @property
     def head(self) -> Head:
@@ -122,7 +139,8 @@ class DenoiserEngine(nn.Module, Conditioned):
     def _time_tokens(self, times: Tensor) -> Tensor:
         """(S, W): the tokens of timesteps (S,)."""
         with part("time and condition"):
-            return self.time(TIME_EMBEDDINGS[self.time_embedding](times, self.num_steps, self.width)).to(self.dtype)
+            token = self.time(TIME_EMBEDDINGS[self.time_embedding](times, self.num_steps, self.width))
+            return (token + self.shift).to(self.dtype)
 
     def _conditions(self, label: Tensor | None, rows: int) -> Conditions:
         if label is not None:
@@ -135,7 +153,7 @@ class DenoiserEngine(nn.Module, Conditioned):
             mask = None
             if there is not None:
                 mask = torch.cat([there.new_ones(rows, self.num_positions + 1), there.unsqueeze(1)], dim=1)
-            return Conditions(None if token is None else token.to(self.dtype), mask)
+            return Conditions(None if token is None else (token + self.shift).to(self.dtype), mask)
 
     def _transform(self, x_t: Tensor, time: Tensor, conditions: Conditions, rows: int) -> Tensor:
         """The residual stream (rows, T, W) behind the last block; time (1, W) or (rows, W); x_t of rows, or of each half."""
@@ -146,8 +164,9 @@ class DenoiserEngine(nn.Module, Conditioned):
         with part("embed"):
             embed_tokens(x_t.flatten(1, -2), self.token_weight, self.positions, extra, h)
         for i, block in enumerate(self.blocks):
+            kv = conditions.kv[i] if conditions.kv else None
             with part(f"block {i}"):
-                block(h, conditions.mask, conditions.kv[i] if conditions.kv else None, conditions.kv_mask)
+                block(h.flatten(0, 1), rows, conditions.mask, kv, conditions.kv_mask, self.pdl)
         return h
 
     def _logits(self, x_t: Tensor, time: Tensor, conditions: Conditions, rows: int) -> Tensor:

@@ -1,31 +1,25 @@
-"""The products of a block, with everything that stands beside a linear layer folded into its weights.
-
-LN(h) @ W^T + b = norm(h) @ (W g)^T + (W @ s + b)         g, s: weight and bias of the LayerNorm; norm: LN without them
-gamma (x @ W^T + b) = x @ (gamma W)^T + gamma b           LayerScale
-"""
+"""A prepared linear layer as a module, so that its tensors are the engine's."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bldm_kernels.inference.attention import E4M3, E4M3_MAX, to_e4m3
+from bldm_kernels.inference import norm, product
+from bldm_kernels.inference.product import Weights
+
+from .report import Part
 
 
 class Product(nn.Module):
-    """A linear layer of an engine. Its buffers: weight (N, K) in `dtype`, or e4m3 with a scale a row; bias float32 (N,).
+    """`gamma * linear(norm(h))`, prepared: arguments as of `bldm_kernels.inference.product.prepare`.
 
-    Args:
-        linear: the layer.
-        dtype: of weight and activations.
-        norm: the LayerNorm before it, to be folded in.
-        gamma: the LayerScale (N,) behind it.
-        input_scale: float32 (1,): weight and input are e4m3, the input about `input_scale` times what is stored.
+    Behind a norm, `offset` float32 (N,) is what the residual stream still lacks where this product reads it, see `set_offsets`.
     """
 
     weight: Tensor
     bias: Tensor
-    weight_scale: Tensor | None
     input_scale: Tensor | None
+    weight_scale: Tensor | None
+    offset: Tensor
 
     def __init__(
         self,
@@ -37,42 +31,29 @@ class Product(nn.Module):
         input_scale: Tensor | None = None,
     ):
         super().__init__()
-        weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
-        self.dtype, self.eps = dtype, None if norm is None else norm.eps
-        if norm is not None:
-            bias = bias + weight @ norm.bias.detach().double()
-            weight = weight * norm.weight.detach().double()
-        if gamma is not None:
-            weight, bias = weight * gamma.detach().double()[:, None], bias * gamma.detach().double()
-        scale = None
-        if input_scale is not None:
-            scale = (weight.abs().amax(1) / E4M3_MAX).clamp(min=1e-30).float()
-            weight = weight / scale.double()[:, None]
-        self.register_buffer("weight", weight.to(dtype if input_scale is None else E4M3).contiguous())
-        self.register_buffer("bias", bias.float())
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("input_scale", input_scale)
+        for name, value in product.prepare(linear, dtype, norm=norm, gamma=gamma, input_scale=input_scale)._asdict().items():
+            self.register_buffer(name, value)
+        self.eps = 0.0 if norm is None else norm.eps
+        self.register_buffer("offset", None if norm is None else torch.zeros(linear.in_features, device=self.bias.device))
 
-    def forward(
-        self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, out_scale: Tensor | None = None
-    ) -> Tensor:
-        """x (..., K) -> (..., N).
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight, self.bias, self.input_scale, self.weight_scale)
 
-        Args:
-            x: in `dtype`; without a norm to fold and with an input_scale, e4m3.
-            gelu: apply GELU.
-            residual: contiguous (..., N): add to it in place, and return it.
-            out_scale: float32 (1,): return e4m3, the result divided by it.
-        """
-        if self.eps is not None:
-            x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-            x = x if self.input_scale is None else to_e4m3(x, self.input_scale)
-        if self.weight_scale is None or self.input_scale is None:
-            y = F.linear(x, self.weight, self.bias.to(x.dtype))
-        else:
-            y = (F.linear(x.float(), self.weight.float()) * (self.weight_scale * self.input_scale) + self.bias).to(self.dtype)
-        if gelu:
-            y = F.gelu(y)
-        if residual is not None:
-            return residual.add_(y)
-        return y if out_scale is None else to_e4m3(y, out_scale)
+    def read(self, h: Tensor, *, gelu: bool = False, out_scale: Tensor | None = None, pdl: bool = False) -> Tensor:
+        """Of the residual stream (M, K), behind its norm: (M, N), in e4m3 with an out_scale."""
+        x = norm.normalize(h, self.eps, offset=self.offset, out_scale=self.input_scale, pdl=pdl)
+        return product.product(x, self.weights, gelu=gelu, out_scale=out_scale, pdl=pdl)
+
+    def add(self, x: Tensor, h: Tensor, *, pdl: bool = False) -> None:
+        """Of x (M, K), added to the residual stream (M, N) in place but for the bias, which the stream has from the start."""
+        product.add_product(x, self.weights, h, pdl=pdl)
+
+    def report(self, name: str, tokens: int) -> list[Part]:
+        """What runs it, and its norm if there is one, for samples of this many tokens."""
+        x = torch.empty(tokens, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        parts = [Part.of(name, x.shape, product.supports(x, self.weights))]
+        if self.eps:
+            h = torch.empty_like(x, dtype=self.bias.dtype)
+            parts.insert(0, Part.of(f"norm of {name}", h.shape, norm.supports(h)))
+        return parts
