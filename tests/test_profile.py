@@ -181,6 +181,16 @@ def test_an_engine(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_engine_of_a_model(device: str) -> None:
+    found = bldm.profile(tiny_model().to(device).optimize("bf16"), num_samples=2, steps=3, repeats=1)
+    sampling, decoding = found.phases
+    check_sums(sampling)
+    check_sums(decoding)
+    assert {"embed", "block 0/mlp up", "block 0/mlp down", "head and flip"} <= parts(sampling) and len(parts(decoding)) > 5
+    assert "engine of bf16, " in found.title
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_options_of_the_sampler(device: str) -> None:
     """bfloat16 products, in the decoder too: it takes copies into that precision."""
     model = tiny_model().to(device)
@@ -334,7 +344,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: bldm.profile(foreign()), ValueError, "call: an accelerated object .* got None"),
     (lambda: bldm.profile(foreign(), call=3), TypeError, "call: expected a function of the target, got int"),
     (lambda: bldm.profile(foreign(), call=lambda fast: 3), ValueError, "call: it did not sample with its argument"),
-    (lambda: bldm.profile(tiny_model(), call=print), ValueError, "call: a BinaryLatentDiffusion is sampled .* expected None"),
+    (lambda: bldm.profile(tiny_model(), call=print), ValueError, "call: a whole model is sampled .* expected None"),
     (lambda: bldm.profile(tiny_model(), num_samples=0), ValueError, "num_samples: expected 1 <="),
     (lambda: bldm.profile(tiny_model(), steps=99), ValueError, "steps: expected 1 <= steps <= 16, got 99"),
     (lambda: bldm.profile(tiny_model(), repeats=0), ValueError, "repeats: expected 1 <="),
@@ -402,6 +412,12 @@ def test_command_with_a_foreign_model(folder: Path, precision: str) -> None:
     assert ("autocast bfloat16" in result.output) == (precision == "autocast")
 
 
+def test_command_with_an_engine(folder: Path) -> None:
+    result = run("--model", "model", *FEW, "--precision", "bf16")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "engine of bf16" in result.output and "head and flip" in result.output
+
+
 def test_command_with_a_model_made_by_a_function(folder: Path) -> None:
     result = run("--import", "my_factory:whole_model", *FEW, "--batch", 3, "--guidance", 2)
     assert result.exit_code == 0, (result.output, result.exception)
@@ -417,6 +433,7 @@ def test_command_with_a_model_made_by_a_function(folder: Path) -> None:
         (("--import", "no_such_module:made"), "import: No module named 'no_such_module'"),
         (("--import", "my_factory:number"), "import: my_factory has no function number"),
         (("--import", "my_factory:without_a_call"), "call: an accelerated object"),
+        (("--import", "my_factory:made", "--precision", "fp8"), "precision: only a BinaryLatentDiffusion has an engine of fp8"),
         (("--import", "my_factory:made", "--model", "model"), "model, import: expected one of them at most, got both"),
     ],
 )

@@ -12,11 +12,13 @@ import typer
 
 from ..diffusion import BinaryLatentDiffusion
 from ..families import Accelerated, accelerate
+from ..painter import Painter
 from ..profiling import profile as take_profile
 from ..sampling import FastSampler
 from .common import choose_device, console, load_model, one_line_errors
 
-PRECISIONS: dict[str, dict[str, Any]] = {"float32": {}, "autocast": {"autocast": torch.bfloat16}}
+# How a model runs: as it is, under autocast to bfloat16, or as an engine of that precision.
+PRECISIONS = ("float32", "autocast", "bf16", "fp8")
 
 
 def _factory(name: str) -> Callable[..., Any]:
@@ -69,9 +71,14 @@ def profile(
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
     if imported is not None and model is not None:
         raise ValueError("model, import: expected one of them at most, got both")
-    where, options = choose_device(device), PRECISIONS[precision]
+    where = choose_device(device)
+    options: dict[str, Any] = {"autocast": torch.bfloat16} if precision == "autocast" else {}
     target, call = (load_model(model, where), None) if imported is None else _made(imported, batch, steps, where)
-    if not isinstance(target, (BinaryLatentDiffusion, FastSampler, Accelerated)):
+    if precision in ("bf16", "fp8"):
+        if not isinstance(target, BinaryLatentDiffusion):
+            raise ValueError(f"precision: only a BinaryLatentDiffusion has an engine of {precision}, not {type(target).__name__}")
+        target = target.optimize(precision)
+    if not isinstance(target, (Painter, FastSampler, Accelerated)):
         target, options = accelerate(target, **options), {}
     size: dict[str, Any] = {"num_samples": batch, "steps": steps, "guidance_scale": guidance}
     found = take_profile(target, **size, call=call, repeats=repeats, depth=depth, **options)

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import bldm_kernels as bk
 
-from ..diffusion import BinaryLatentDiffusion
 from ..engine import DenoiserEngine
 from ..families import Accelerated
+from ..painter import Painter
 from ..sampling import FastSampler
 from .modules import children_as_parts
 from .recording import Recording, parts_by_order, record, synchronize
@@ -47,7 +47,7 @@ def profile(
     (`bldm.parts.part`); a denoiser or decoder that marks none has its tree of modules instead.
 
     Args:
-        target: a `BinaryLatentDiffusion` (sampling and decoding), a `FastSampler`, or what `bldm.accelerate` returns.
+        target: a `BinaryLatentDiffusion` or its engine (sampling and decoding), a `FastSampler`, what `bldm.accelerate` returns.
         num_samples, steps, cond, guidance_scale: of the call, as in `FastSampler.sample`; `cond` is by default every class in
             turn, for a model with classes.
         call: samples once, given the target, instead of these arguments; needed for an accelerated object, whose methods have
@@ -67,16 +67,16 @@ def profile(
         raise TypeError(f"call: expected a function of the target, got {type(call).__name__}")
     if isinstance(target, Accelerated) and call is None:
         raise ValueError("call: an accelerated object samples with a signature of its own; expected a function, got None")
-    model = target if isinstance(target, BinaryLatentDiffusion) else None
+    model = target if isinstance(target, Painter) else None
     if model is None and not isinstance(target, (FastSampler, Accelerated)):
         raise TypeError(
-            "target: expected a BinaryLatentDiffusion, a FastSampler or what bldm.accelerate returns, "
+            "target: expected a BinaryLatentDiffusion, its engine, a FastSampler or what bldm.accelerate returns, "
             f"got {type(target).__name__}"
         )
     if call is not None and model is not None:
-        raise ValueError("call: a BinaryLatentDiffusion is sampled as num_samples, steps and so on say; expected None")
+        raise ValueError("call: a whole model is sampled as num_samples, steps and so on say; expected None")
     if options and model is None:
-        raise ValueError(f"{', '.join(options)}: options of a model's sampler, but the target is no BinaryLatentDiffusion")
+        raise ValueError(f"{', '.join(options)}: options of a model's sampler, but the target is no whole model")
     sampler = target if model is None else model.sampler(**options)
     if model is not None and cond is None and model.denoiser.num_classes is not None:
         cond = torch.arange(num_samples) % model.denoiser.num_classes
@@ -93,7 +93,9 @@ def profile(
     setting = Setting(samplers[-1].device, samplers, repeats, depth)
     phases = [_phase("sampling", sample, _network(samplers[-1], target), setting)]
     if model is not None:
-        phases.append(_phase("decoding", _decoding(model, latents, options), model.autoencoder.decoder, setting))
+        decoder = getattr(model.autoencoder, "decoder", None)  # an engine marks its parts
+        setting = replace(setting, graphed=[part for part in [model.autoencoder] if hasattr(part, "graph")])
+        phases.append(_phase("decoding", _decoding(model, latents, options), decoder, setting))
     name = type(target.model if isinstance(target, Accelerated) else target).__name__
     told = [] if call is not None else [f"{num_samples} sample{'s' * (num_samples > 1)}", f"guidance {guidance_scale:g}"]
     return Profile(f"{name}: {', '.join([*told, *_described(samplers[-1])])}", tuple(phases))
@@ -101,8 +103,10 @@ def profile(
 
 @dataclass(frozen=True)
 class Setting:
+    """`graphed`: what runs as a CUDA graph unless its attribute `graph` is False."""
+
     device: torch.device
-    samplers: Sequence[FastSampler]
+    graphed: Sequence[Any]
     repeats: int
     depth: int
 
@@ -115,7 +119,7 @@ def _network(sampler: FastSampler, target: Any) -> nn.Module | None:
     return next((module for module in candidates if isinstance(module, nn.Module)), None)
 
 
-def _decoding(model: BinaryLatentDiffusion, latents: Tensor, options: dict[str, Any]) -> Callable[[], Tensor]:
+def _decoding(model: Painter, latents: Tensor, options: dict[str, Any]) -> Callable[[], Tensor]:
     autocast = options.get("autocast")
 
     def decode() -> Tensor:
@@ -140,8 +144,8 @@ def _described(sampler: FastSampler) -> Iterator[str]:
 
 def _phase(name: str, call: Callable[[], Any], module: nn.Module | None, setting: Setting) -> Phase:
     """Time and record a call; the children of `module` are parts if the model marks none."""
-    device, samplers = setting.device, setting.samplers
-    with _without_graphs(samplers):
+    device, graphed = setting.device, setting.graphed
+    with _without_graphs(graphed):
         call()
         entered = record(call, device).entered
     marked = module is None or not {STEP.sub("", path) for path in entered} <= {"", *COMMON}
@@ -160,7 +164,7 @@ def _phase(name: str, call: Callable[[], Any], module: nn.Module | None, setting
     recording = sorted(recordings, key=lambda one: one.span_ms)[len(recordings) // 2]
     if not any(activity.in_graph for activity in recording.activities):
         return make_phase(name, ms, recording, _source(device, marked))
-    with _without_graphs(samplers):
+    with _without_graphs(graphed):
         plain = recorded()
     told, found = parts_by_order(recording, plain)
     if found < ENOUGH:
@@ -184,12 +188,12 @@ def _timed_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def _without_graphs(samplers: Sequence[FastSampler]) -> Iterator[None]:
-    graphs = [sampler.graph for sampler in samplers]
-    for sampler in samplers:
-        sampler.graph = False
+def _without_graphs(graphed: Sequence[Any]) -> Iterator[None]:
+    before = [one.graph for one in graphed]
+    for one in graphed:
+        one.graph = False
     try:
         yield
     finally:
-        for sampler, graph in zip(samplers, graphs, strict=True):
-            sampler.graph = graph
+        for one, graph in zip(graphed, before, strict=True):
+            one.graph = graph
