@@ -74,7 +74,7 @@ def train_autoencoder(
     if gan_weight and (options.compile or options.fsdp):
         taken = "compile" if options.compile else "fsdp"
         raise ValueError(f"{taken}: not together with gan_weight, whose adaptive weight needs the last layer's gradient alone")
-    accel = accelerator(options)
+    accel = accelerator()
     torch.manual_seed(options.seed)
     model = BinaryAutoencoder(**config)
     adversary = None

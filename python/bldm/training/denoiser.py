@@ -76,7 +76,7 @@ def train_denoiser(
     """
     if not 0 <= bk.checks.real("label_dropout", label_dropout) <= 1:
         raise ValueError(f"label_dropout: expected 0 <= label_dropout <= 1, got {label_dropout}")
-    accel = accelerator(options)
+    accel = accelerator()
     bk.checks.integer("copies", copies, 0, 10**6)
     if captions is not None and len(captions.counts) != len(data):
         raise ValueError(f"captions: expected those of {len(data)} images, got those of {len(captions.counts)}")

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import sharding
 from .options import TrainOptions
+from .update import FlatAdamW
 
 # Of the training step's attention on a GPU: cuDNN's is the fastest where it can do it.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -42,22 +43,24 @@ class Learner:
         self.copy: nn.Module | None = None
         self._blank: nn.Module | None = None
         bf16 = options.mixed_precision == "bf16"
-        if options.fsdp or accel.is_fsdp2:
+        if (options.fsdp or accel.is_fsdp2) and accel.num_processes > 1:
             self._blank = sharding.blank(model)
             sharding.shard(model, accel.device, accel.num_processes, bf16)
             self.ema = AveragedModel(nn.ParameterList(sharding.local(model.parameters())))
             self.module = model
+            on_gpu = accel.device.type == "cuda"
+            self.optimizer: Any = torch.optim.AdamW(
+                model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=betas, fused=on_gpu
+            )
         else:
             self.ema = AveragedModel(model)
             self.ema.module.eval()
             self.copy = copy.deepcopy(model).to(torch.bfloat16) if bf16 else None
-            self.module = accel.prepare_model(model if self.copy is None else self.copy)
+            self.optimizer = FlatAdamW(model, self.ema.module, self.copy, betas, options.weight_decay)
+            # Not placed on the device again, which could give the parameters memory of their own.
+            self.module = accel.prepare_model(model if self.copy is None else self.copy, device_placement=False)
         if options.compile:
             compile_blocks(model if self.copy is None else self.copy)
-        on_gpu = accel.device.type == "cuda"
-        self.optimizer: Any = torch.optim.AdamW(
-            model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=betas, fused=on_gpu
-        )
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -71,45 +74,23 @@ class Learner:
     def update(self, loss: Tensor, step: int, lr: float) -> None:
         """One step of the optimiser, and of the average."""
         self.accel.backward(loss)
-        if self.copy is not None:
-            self._take_gradients()
+        # The average starts out shorter, so that a short run does not keep its random beginning.
+        decay = min(self.ema_decay, (1 + step) / (10 + step)) if step else 0.0
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.step(lr, self.grad_clip, decay)
+        else:
+            self._sharded_step(lr, decay)
+        self.ema.n_averaged += 1
+
+    @torch.no_grad()
+    def _sharded_step(self, lr: float, decay: float) -> None:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._average(step)
-        self._refresh()
-
-    def _take_gradients(self) -> None:
-        """The copy's gradients become the weights', in float32."""
-        assert self.copy is not None
-        gradients, given = [], []
-        for weight, computing in zip(self.model.parameters(), self.copy.parameters(), strict=True):
-            if computing.grad is not None:
-                weight.grad = torch.empty_like(weight)
-                gradients.append(weight.grad)
-                given.append(computing.grad)
-        torch._foreach_copy_(gradients, given)
-        self.copy.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        # `update_parameters` of AveragedModel would wait for the GPU in every step: its counter lies on the CPU.
-        averages = sharding.local(self.ema.module.parameters())
-        weights = sharding.local(self.model.parameters())
-        if step == 0:
-            torch._foreach_copy_(averages, weights)
-        else:
-            # The average starts out shorter, so that a short run does not keep its random beginning.
-            get_ema_multi_avg_fn(min(self.ema_decay, (1 + step) / (10 + step)))(averages, weights, self.ema.n_averaged)
-        self.ema.n_averaged += 1
-
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        """The copy takes over the weights."""
-        if self.copy is not None:
-            torch._foreach_copy_(list(self.copy.parameters()), list(self.model.parameters()))
+        averages, weights = (sharding.local(m.parameters()) for m in (self.ema.module, self.model))
+        get_ema_multi_avg_fn(decay)(averages, weights, self.ema.n_averaged)
 
     def average(self) -> nn.Module:
         """The averaged model, whole, in evaluation mode. All processes must call it."""
@@ -123,7 +104,7 @@ class Learner:
         """Weights, average and optimiser, whole, whatever the processes. All of them must call it."""
         return {
             "model": sharding.whole(self.model.state_dict()),
-            "ema": {name: value for name, value in self.average().state_dict().items()},
+            "ema": self.average().state_dict(),
             "averaged": int(self.ema.n_averaged),
             "optimizer": sharding.whole(self.optimizer.state_dict()),
         }
@@ -144,8 +125,11 @@ class Learner:
         for i, parameter in enumerate(parameters.values()):
             if i in moments:
                 moments[i] = {name: sharding.part_of(value, parameter) for name, value in moments[i].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._refresh()
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.load_state_dict({"state": moments})
+            self.optimizer.refresh()
+        else:
+            self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -56,19 +56,17 @@ class Batches:
         return self._order[position * self.batch_size :][: self.batch_size]
 
 
-def accelerator(options: TrainOptions | None = None) -> Any:
-    """huggingface accelerate: one GPU, several, or the CPU, as the launcher says; FSDP2 where the options or the launcher do."""
+def accelerator() -> Any:
+    """huggingface accelerate: one GPU, several, or the CPU, as the launcher says."""
     try:
-        from accelerate import Accelerator
-        from accelerate.utils import FullyShardedDataParallelPlugin
+        from accelerate import Accelerator, DistributedType
     except ImportError:
         raise RuntimeError("training needs the extra: pip install 'bldm-kernels[train]'") from None
-    options = options or TrainOptions()
-    plugin = None
-    if options.fsdp:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="no_wrap")
     # bfloat16 is the Learner's own business: accelerate would keep its first choice for the whole process.
-    return Accelerator(mixed_precision="no", fsdp_plugin=plugin)
+    accel = Accelerator(mixed_precision="no")
+    if accel.distributed_type == DistributedType.FSDP and not accel.is_fsdp2:
+        raise ValueError("fsdp: the launcher says version 1, expected --fsdp_version 2 (or no --use_fsdp, and bldm's own --fsdp)")
+    return accel
 
 
 def train(
