@@ -60,6 +60,15 @@ def test_sample(model: Path) -> None:
     assert [path.name for path in Path().iterdir()] == ["samples.png"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_sample_with_an_engine(model: Path, precision: str) -> None:
+    invoke("sample", "--model", model, *FEW, "--precision", precision, "--guidance", "1", "--latents", "few.safetensors")
+    engine = bldm.BinaryLatentDiffusion.from_pretrained(model).optimize(precision)
+    expected = engine.sampler().sample(6, 3, cond=torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert bldm.PackedLatents.load("few.safetensors") == bldm.PackedLatents(expected, engine.latent_shape)
+    assert "precision" in fail("sample", "--model", model, *FEW, "--precision", "int8")
+
+
 def test_sample_is_what_the_library_samples(model: Path) -> None:
     """Options mean what they say, and the latents are the sampler's, whatever the batches."""
     options = ("--seed", 7, "--temperature", 0.9, "--rule", "marginal", "--guidance", 1.5, "--batch-size", 4)
