@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from bldm.training import loop
 from bldm.training.denoiser import train_denoiser
-from test_training import DENOISER, options, pictures
+from bldm.training.autoencoder import train_autoencoder
+from test_training import CONFIG, DENOISER, options, pictures
 from torch.distributed.tensor import DTensor
 
 source, folder, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
@@ -61,6 +62,9 @@ if rank == 0:
     os.replace(folder / "ddp-first", folder / "fsdp-then")
 torch.distributed.barrier()
 run("fsdp-then", resume=True)
+name = "gan"
+gan = train_autoencoder(CONFIG, pictures(), options(), folder / "gan", gan_weight=0.5, gan_start=5)
+torch.save(gan.state_dict(), folder / f"gan{rank}.pt")
 torch.save(rows, folder / f"rows{rank}.pt")
 """
 
@@ -100,3 +104,6 @@ def test_two_processes_share_one_model(tmp_path: Path) -> None:
         assert len(order[name]) == 20 and all(map(torch.equal, order[name], others[name]))
         assert all(map(torch.equal, order[name], order["ddp"]))  # the same seed, the same order of the data
     assert any((tmp_path / "fsdp-log").iterdir())
+    one, other = (torch.load(tmp_path / f"gan{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(one[key], other[key]) and bool(one[key].isfinite().all()) for key in one)
+    assert torch.load(tmp_path / "gan" / "checkpoint.pt")["partner"]["averaged"] == 15

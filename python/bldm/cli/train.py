@@ -9,6 +9,7 @@ import typer
 import bldm_kernels as bk
 
 from ..data import ImageData, load_images, split_folder
+from ..generate import Share
 from ..store import LatentStore
 from ..training.conditions import CaptionFeatures, caption_features, features_file
 from ..training.options import TrainOptions
@@ -151,7 +152,7 @@ def train_autoencoder(
         augmented=augment,
         details={"data": str(data)},
     )
-    console.print(f"{out}: autoencoder with {_millions(model)} parameters, latents of {model.latent_shape} bits", soft_wrap=True)
+    _report(f"{out}: autoencoder with {_millions(model)} parameters, latents of {model.latent_shape} bits")
 
 
 @one_line_errors
@@ -241,7 +242,13 @@ def train(
         loss={"form": form, "focal_gamma": focal_gamma, "weighting": weighting, "posterior_kl": posterior_kl},
         details={"data": str(data or store)},
     )
-    console.print(f"{out}: denoiser with {_millions(model.denoiser)} parameters; try: bldm sample --model {out}", soft_wrap=True)
+    _report(f"{out}: denoiser with {_millions(model.denoiser)} parameters; try: bldm sample --model {out}")
+
+
+def _report(text: str) -> None:
+    """One of the processes says it."""
+    if Share.of_launcher().rank == 0:
+        console.print(text, soft_wrap=True)
 
 
 def _millions(model: torch.nn.Module) -> str:
