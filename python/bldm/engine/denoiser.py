@@ -77,7 +77,6 @@ class DenoiserEngine(nn.Module, Conditioned):
         self.num_classes, self.null_class, self.null_label = model.num_classes, model.null_class, model.null_label
         self.text_width, self.cross_attention = model.text_width, model.cross_attention
         self.time_embedding, self.width = model.time_embedding, model.token_weight.shape[1]
-        self.pdl = precision == "fp8"  # measured: in bf16 most launches are those of cuBLASLt, which has none such
         blocks = zip(model.blocks, scales, strict=True)
         self.blocks = nn.ModuleList(EngineBlock(block, self.dtype, known) for block, known in blocks)  # type: ignore
         self.register_buffer("token_weight", model.token_weight.to(self.dtype, copy=True))
@@ -88,6 +87,8 @@ class DenoiserEngine(nn.Module, Conditioned):
         self.head_eps = folded.eps
         for name in ("weight", "sums", "bias"):
             self.register_buffer(f"head_{name}", getattr(folded, name))
+        # in bf16 most launches are those of cuBLASLt, which has none that depend, and then they cost more than they gain
+        self.pdl = precision == "fp8" and self.positions.is_cuda
         self.register_buffer("one", torch.ones(1, dtype=torch.int64, device=self.positions.device))
         # a few rows a run, so in float32
         self.time = copy.deepcopy(model.time).float()
