@@ -1,6 +1,5 @@
 """What a denoiser is told of each image in training: its class or one of its captions, and sometimes nothing."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,51 +53,63 @@ def caption_features(
     encoder: str = "all-MiniLM-L6-v2",
     device: torch.device | str = "cpu",
 ) -> CaptionFeatures:
-    """Features of the captions of each image, read from the file `cache` if it holds those of just these captions, else made by
-    the text encoder and written there.
+    """Features of the captions of each image. The file `cache` keeps them: only captions that it lacks are encoded, and added.
 
-    Raises: RuntimeError where the encoder is needed and not installed, ValueError for an image without captions.
+    Raises: RuntimeError where the encoder is needed but not installed, ValueError for an image without captions, a broken cache.
     """
     empty = [i for i, texts in enumerate(captions) if not texts]
     if empty:
         raise ValueError(f"captions: expected one an image at least, image {empty[0]} has none")
     place = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
+    known = {} if cache is None or not cache.is_file() else _read(cache, encoder, tokens)
+    missing = [text for text in place if text not in known]
+    if missing:
+        known |= _encode(missing, TextEncoder(encoder, device), tokens)
+        if cache is not None:
+            _write(cache, encoder, tokens, known)
     index = torch.tensor([place[text] for texts in captions for text in texts])
     counts = torch.tensor([len(texts) for texts in captions])
-    digest = hashlib.sha256(json.dumps([encoder, tokens, *place]).encode()).hexdigest()
-    found = None if cache is None else _read(cache, digest)
-    if found is None:
-        found = _encode(list(place), TextEncoder(encoder, device), tokens)
-        if cache is not None:
-            stored, metadata = found, {"encoder": encoder, "sha256": digest}
-            write_atomically(cache, lambda name: save_file(stored, name, metadata=metadata))
-    return CaptionFeatures(found["features"], found.get("lengths"), index, counts, encoder)
+    return CaptionFeatures(*_stacked([known[text] for text in place], tokens), index, counts, encoder)
 
 
 def _encode(texts: list[str], encoder: TextEncoder, tokens: bool) -> dict[str, Tensor]:
-    parts, lengths = [], []
+    """Each text's features, float16 (width,) or (L, width)."""
+    found: dict[str, Tensor] = {}
     for first in range(0, len(texts), 1024):
-        part = encoder.encode(texts[first : first + 1024], tokens=tokens)
-        if tokens:
-            there = part.ne(0).any(-1)
-            lengths.append(there.sum(-1).cpu())
-            part = part[there]
-        parts.append(part.half().cpu())
-    found = {"features": torch.cat(parts)}
-    return {**found, "lengths": torch.cat(lengths)} if tokens else found
+        part = texts[first : first + 1024]
+        rows = encoder.encode(part, tokens=tokens).half().cpu()
+        found |= {text: row[row.ne(0).any(-1)] if tokens else row for text, row in zip(part, rows, strict=True)}
+    return found
 
 
-def _read(path: Path, digest: str) -> dict[str, Tensor] | None:
-    """The tensors of a cache of these very captions, or None."""
-    if not path.is_file():
-        return None
+def _stacked(features: list[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
+    """(U, width) and None, or (sum of lengths, width) and the lengths."""
+    if not tokens:
+        return torch.stack(features), None
+    return torch.cat(features), torch.tensor([len(row) for row in features])
+
+
+def _write(path: Path, encoder: str, tokens: bool, known: dict[str, Tensor]) -> None:
+    features, lengths = _stacked(list(known.values()), tokens)
+    stored = {"features": features} if lengths is None else {"features": features, "lengths": lengths}
+    metadata = {"encoder": encoder, "texts": json.dumps(list(known))}
+    write_atomically(path, lambda name: save_file(stored, name, metadata=metadata))
+
+
+def _read(path: Path, encoder: str, tokens: bool) -> dict[str, Tensor]:
+    """The features that a cache holds by text; none if they are another encoder's."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            if (file.metadata() or {}).get("sha256") != digest:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"captions: {path} is truncated or not safetensors ({error}); delete it to have it made anew") from None
+            metadata = file.metadata() or {}
+            if metadata["encoder"] != encoder:
+                return {}
+            features = file.get_tensor("features")
+            rows = features.split(file.get_tensor("lengths").tolist()) if tokens else features.unbind()
+            return dict(zip(json.loads(metadata["texts"]), rows, strict=True))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"captions: {path} is truncated or no cache of features ({error}); delete it to have it made anew"
+        ) from None
 
 
 class Labels:
