@@ -163,7 +163,7 @@ class DenoiserEngine(nn.Module, Conditioned):
         extra = [time] if conditions.token is None else [time, conditions.token]
         h = torch.empty(rows, self.num_positions + len(extra), self.width, dtype=self.dtype, device=x_t.device)
         with part("embed"):
-            embed_tokens(x_t.flatten(1, -2), self.token_weight, self.positions, extra, h)
+            embed_tokens(x_t.flatten(1, -2), self.token_weight, self.positions, extra, h, pdl=self.pdl)
         for i, block in enumerate(self.blocks):
             kv = conditions.kv[i] if conditions.kv else None
             with part(f"block {i}"):
@@ -173,7 +173,7 @@ class DenoiserEngine(nn.Module, Conditioned):
     def _logits(self, x_t: Tensor, time: Tensor, conditions: Conditions, rows: int) -> Tensor:
         h = self._transform(x_t, time, conditions, rows)
         with part("head"):
-            logits = head_logits(h, self.head, self.num_positions)
+            logits = head_logits(h, self.head, self.num_positions, pdl=self.pdl)
         return logits.view(rows, *x_t.shape[1:-1], self.num_bits)
 
 
@@ -197,7 +197,9 @@ class Run:
         with _plainly(x_t):
             h = engine._transform(x_t, self.times[i : i + 1], self.conditions, self.rows)
             with part("head and flip"):
-                return head_step(h, engine.head, x_t.flatten(1, -2), coefficients, step=i, **options).view(x_t.shape)
+                return head_step(h, engine.head, x_t.flatten(1, -2), coefficients, step=i, pdl=engine.pdl, **options).view(
+                    x_t.shape
+                )
 
 
 @contextmanager
