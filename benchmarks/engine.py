@@ -100,7 +100,7 @@ class Compiled(nn.Module):
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self.denoiser = torch.compile(denoiser, mode="reduce-overhead")
+        self.denoiser = torch.compile(denoiser, mode="reduce-overhead", dynamic=False)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
