@@ -1,6 +1,7 @@
 """BinaryAutoencoder: images to a grid of bits and back (Wang et al. 2023, section 3.1)."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ import bldm_kernels as bk
 from .checkpoint import PretrainedModel
 from .convnets import plain_decoder, plain_encoder, taming_decoder, taming_encoder
 from .parts import part
+
+if TYPE_CHECKING:
+    from .engine.autoencoder import AutoencoderEngine
 
 
 class BinaryAutoencoder(nn.Module, PretrainedModel):
@@ -114,6 +118,12 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
             embedded = bk.embed_bits(packed, self.embedding, signed=self.signed).permute(0, 3, 1, 2)
         with part("decoder"):
             return self.decoder(embedded)
+
+    def optimize(self, precision: str = "bf16", **options: Any) -> "AutoencoderEngine":
+        """An engine that decodes and encodes as this model does now, much faster; options as in `AutoencoderEngine`."""
+        from .engine.autoencoder import AutoencoderEngine
+
+        return AutoencoderEngine(self, precision, **options)
 
     def forward(self, images: Tensor, *, seed: int | Tensor = 0, step: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """(reconstruction, logits) for training: the gradient passes straight through the bits."""
