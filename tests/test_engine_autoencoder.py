@@ -24,7 +24,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "plain": {"image_size": 12, "base_channels": 20, "channel_multipliers": (1, 3), "num_bits": 7, "num_res_blocks": 2},
     "plain with attention": {"image_size": 28, "base_channels": 8, "attention": True, "decoder_res_blocks": 2},
     "taming": {**TAMING, "image_size": 8, "num_bits": 12, "attention_levels": (1,), "norm_first": True, "signed": False},
-    "taming, narrow codes": {**TAMING, "image_size": 16, "embedding_width": 32, "attention_levels": (0,), "channel_multipliers": (1, 1, 2)},
+    "taming, narrow codes": {
+        **TAMING,
+        "image_size": 16,
+        "embedding_width": 32,
+        "attention_levels": (0,),
+        "channel_multipliers": (1, 1, 2),
+    },
 }
 
 
@@ -71,9 +77,7 @@ def test_convolution_padded_behind_only() -> None:
     filter = Filter.of(conv, torch.float64, padded_after=True)
     total, _ = finish(convolve(x, filter), filter.bias, source=filter.source)
     assert total is not None
-    torch.testing.assert_close(
-        total.permute(0, 3, 1, 2), conv(F.pad(x.permute(0, 3, 1, 2), (0, 1, 0, 1))), rtol=0, atol=1e-14
-    )
+    torch.testing.assert_close(total.permute(0, 3, 1, 2), conv(F.pad(x.permute(0, 3, 1, 2), (0, 1, 0, 1))), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,9 @@ SHAPES = [(3, 8, 8, 32, 8, PLAIN), (1, 8, 6, 96, 32, UPSAMPLED), (2, 7, 5, 40, 4
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("keep, apply, residual, silu", [(True, True, True, True), (False, True, False, False), (True, False, True, False)])
+@pytest.mark.parametrize(
+    "keep, apply, residual, silu", [(True, True, True, True), (False, True, False, False), (True, False, True, False)]
+)
 def test_finish(shape: tuple[int, ...], keep: bool, apply: bool, residual: bool, silu: bool) -> None:
     torch.manual_seed(1)
     batch, height, width, channels, groups, source = shape
@@ -167,7 +173,8 @@ def test_patches(height: int, width: int, channels: int, total: int) -> None:
     images = randn(2, channels, height, width)
     with bk.use_backend("triton"):
         values = pixels.patches(images, total, torch.bfloat16)
-    assert torch.equal(values, pixels.plain_patches(images, total, torch.bfloat16))
+    # Triton's interpreter makes a number of the smallest of what is rounded to zero.
+    torch.testing.assert_close(values, pixels.plain_patches(images, total, torch.bfloat16), rtol=0, atol=1e-37)
     conv = nn.Conv2d(channels, 6, 3, padding=1, bias=False, device=DEVICE).double()
     taps = F.pad(conv.weight.permute(0, 2, 3, 1).flatten(1), (0, total - 9 * channels))
     product = pixels.patches(images.double(), total, torch.float64) @ taps.T
@@ -177,24 +184,25 @@ def test_patches(height: int, width: int, channels: int, total: int) -> None:
 # --- the engine ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 1.0), ("fp16", 0.15)])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @torch.no_grad()
-def test_engine_computes_what_the_module_does(name: str, backend: str) -> None:
+def test_engine_computes_what_the_module_does(name: str, backend: str, precision: str, tolerance: float) -> None:
     autoencoder = model(name)
     packed = latents(autoencoder, 2)
     images = autoencoder.decode(packed)
     with bk.use_backend(backend):
-        engine = autoencoder.optimize("bf16")
+        engine = autoencoder.optimize(precision)
         decoded, pixel_values = engine.decode(packed), engine.decode(packed, dtype=torch.uint8)
         logits = engine.encode_logits(images)
     assert decoded.shape == images.shape and decoded.dtype == torch.float32
     # A 255th of the range of an image, which is two wide.
-    assert (decoded - images).abs().mean() < 2 / 255
+    assert (decoded - images).abs().mean() < tolerance * 2 / 255
     assert pixel_values.dtype == torch.uint8
-    assert (pixel_values.float() - (images.clamp(-1, 1) + 1) * 127.5).abs().mean() < 1
+    assert (pixel_values.float() - (images.clamp(-1, 1) + 1) * 127.5).abs().mean() < max(tolerance, 0.4)
     expected = autoencoder.encode_logits(images)
-    assert logits.shape == expected.shape and relative(logits, expected) < 2e-2
+    assert logits.shape == expected.shape and relative(logits, expected) < 2e-2 * tolerance
 
 
 @torch.no_grad()
@@ -235,6 +243,15 @@ def test_report_names_every_part_and_its_path() -> None:
     convolutions = sum(isinstance(module, nn.Conv2d) for module in autoencoder.modules())
     assert sum("convolution" in n or n.endswith(("/qkv", "/out", "/skip")) for n in names) == convolutions
     assert fast[0].name.startswith("decoder") and fast[0].shape == (4, 4, 64)
+
+
+def test_activations_too_large_for_fp16_are_refused() -> None:
+    autoencoder = model("plain")
+    with torch.no_grad():
+        autoencoder.embedding.mul_(1e6)
+    with pytest.raises(FloatingPointError, match="use 'bf16'"):
+        autoencoder.optimize("fp16")
+    assert autoencoder.optimize("bf16").decode(latents(autoencoder, 1)).isfinite().all()
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -1,4 +1,4 @@
-"""Convolutions of channels-last activations by PyTorch's libraries, in the form that is fastest there and whose result `finish` reads.
+"""Convolutions of channels-last activations by PyTorch's libraries, in the form that is fastest there; `finish` reads the result.
 
 A nearest upsampling by two in front of a 3x3 convolution is part of the filter: every pixel of the upsampled grid sees only
 2x2 pixels of the small one, so the same result takes four 2x2 convolutions, one a parity of row and column, with the weights
@@ -76,7 +76,7 @@ def convolve(x: Tensor, filter: Filter) -> Tensor:
         x: contiguous (B, H, W, C).
         filter: in the dtype of x.
 
-    Returns: contiguous (B, H', W', N), with the source UPSAMPLED (B, H + 1, W + 1, 4 N), with SHIFTED (B, H / 2 + 1, W / 2 + 1, N).
+    Returns: contiguous (B, H', W', N), UPSAMPLED (B, H + 1, W + 1, 4 N), SHIFTED (B, H / 2 + 1, W / 2 + 1, N).
 
     Raises: TypeError, ValueError for a wrong argument.
     """

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .. import checks
 from .choice import triton_runs_on
 
+LOW = (torch.bfloat16, torch.float16)  # dtypes of activations that the kernels take
 MAX_CHANNELS = 2048  # of a kernel, which holds all channels of a pixel at once
 # Where the result of pixel (y, x) is in what a convolution wrote: there; in the channels of its parity, 4 N in all, at
 # ((y + 1) / 2, (x + 1) / 2) of a grid of half the size and one more; at (y + 1, x + 1) of a grid that is larger by one.
@@ -69,7 +70,7 @@ def plain(raw: Tensor, bias: Tensor | None, residual: Tensor | None, source: int
 
 def supports(dtype: torch.dtype, channels: int, device: torch.device) -> bool:
     """Whether the kernel takes activations of this dtype and width; PyTorch takes the rest."""
-    return dtype == torch.bfloat16 and channels <= MAX_CHANNELS and triton_runs_on(device)
+    return dtype in LOW and channels <= MAX_CHANNELS and triton_runs_on(device)
 
 
 def counters_needed(batch: int) -> int:
@@ -90,7 +91,8 @@ def finish(
     """raw + bias + residual, and the norm of that.
 
     Args:
-        raw: contiguous (B, H', W', N), as `convolve` returns it; bfloat16 for the kernel, any floating dtype in plain PyTorch.
+        raw: contiguous (B, H', W', N), as `convolve` returns it; bfloat16 or float16 for the kernel, any floating dtype in plain
+            PyTorch.
         bias: (C,) float32 (float64 for float64). residual: contiguous (B, H, W, C) like raw.
         norm: the GroupNorm behind. source: which pixels of raw are meant, PLAIN, UPSAMPLED or SHIFTED.
         keep: whether the sum is wanted. apply: whether the norm is, or else only its statistics.

@@ -1,4 +1,4 @@
-"""Between images and channels-last activations: the patches in front of the first convolution, and everything behind the last norm."""
+"""Between images and channels-last activations: the patches in front of the first convolution, and all behind the last norm."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from .choice import triton_runs_on
-from .group_norm import MAX_CHANNELS, Norm, check_activations, check_norm, plain_normalize, wide
+from .group_norm import LOW, MAX_CHANNELS, Norm, check_activations, check_norm, plain_normalize, wide
 
 PATCH = 9  # pixels of a 3x3 convolution
 
@@ -19,9 +19,7 @@ def plain_patches(images: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return F.pad(taps, (0, width - PATCH * channels))
 
 
-def plain_pixels(
-    x: Tensor, statistics: Tensor, norm: Norm, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> Tensor:
+def plain_pixels(x: Tensor, statistics: Tensor, norm: Norm, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """The specification of `pixels`."""
     normalized = plain_normalize(x, statistics, norm).permute(0, 3, 1, 2)
     images = F.conv2d(normalized, weight.permute(0, 3, 1, 2).to(statistics.dtype), bias, padding=1)
@@ -32,13 +30,13 @@ def plain_pixels(
 
 def supports_patches(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel cuts patches in this dtype; PyTorch cuts the rest."""
-    return dtype == torch.bfloat16 and triton_runs_on(device)
+    return dtype in LOW and triton_runs_on(device)
 
 
 def supports_pixels(dtype: torch.dtype, weight: Tensor, device: torch.device) -> bool:
     """Whether the kernels take activations of this dtype and this last convolution (N, 3, 3, C); PyTorch takes the rest."""
     few = PATCH * len(weight) <= 64 and 16 <= weight.shape[-1] <= MAX_CHANNELS
-    return few and dtype == torch.bfloat16 and triton_runs_on(device)
+    return few and dtype in LOW and triton_runs_on(device)
 
 
 def patches(images: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -60,7 +58,7 @@ def patches(images: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     if images.numel() and supports_patches(dtype, images.device):
         from .triton import pixels as kernels
 
-        return kernels.patches(images, width)
+        return kernels.patches(images, width, dtype)
     return plain_patches(images, width, dtype)
 
 

@@ -10,26 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backends.triton.common import INTERPRETED, ceil_div, next_power_of_2, on_device
+from ...backends.triton.common import INTERPRETED, ceil_div, next_power_of_2, on_device, store_rounded
 from .. import group_norm
 from ..group_norm import Norm
 
 BLOCK = 4096  # elements of a tile
-STEPS = 4  # tiles of a program, where there are enough of them
-MANY = 1024  # programs that are enough
+STEPS = 8  # tiles that a program takes, at most
+MANY = 1024  # programs of a pass that are enough
 NUM_WARPS = 4
-TWO = False
 
 UPSAMPLED, SHIFTED = tl.constexpr(group_norm.UPSAMPLED), tl.constexpr(group_norm.SHIFTED)
-
-
-@triton.jit
-def rounded(values):
-    """To bfloat16, to nearest even; the interpreter's own conversion truncates."""
-    if INTERPRETED:
-        bits = values.to(tl.int32, bitcast=True)
-        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return values.to(tl.bfloat16)
 
 
 @triton.jit
@@ -43,35 +33,40 @@ def is_last(counter, arrivals):
 
 
 @triton.jit
-def finish_statistics(moments, statistics, b, parts, pixels, eps, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """Mean and 1 / deviation of every group of sample b, from its partial moments, always added in the same order."""
-    PARTS: tl.constexpr = (4096 + GROUPS * SIZE - 1) // (GROUPS * SIZE)
-    size: tl.constexpr = CHANNELS // GROUPS
-    group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]
-    row = tl.arange(0, PARTS)[:, None, None]
-    at = moments + b.to(tl.int64) * parts * (2 * CHANNELS) + (group * size + member)[None] + row * (2 * CHANNELS)
-    sums = tl.zeros((PARTS, GROUPS, SIZE), tl.float32)
-    squares = tl.zeros((PARTS, GROUPS, SIZE), tl.float32)
+def grouped_columns(CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """[GROUPS * SIZE] channels, group after group, SIZE being that of a group or the next power of two; and which exist."""
+    column = tl.arange(0, GROUPS * SIZE)
+    if SIZE * GROUPS == CHANNELS:
+        return column, column < CHANNELS
+    else:
+        return column // SIZE * (CHANNELS // GROUPS) + column % SIZE, column % SIZE < CHANNELS // GROUPS
+
+
+@triton.jit
+def finish_statistics(moments, statistics, b, parts, count, eps, GROUPS: tl.constexpr):
+    """Mean and 1 / deviation of every group of sample b, from partial sums (parts, 2, GROUPS), always added in the same order."""
+    PARTS: tl.constexpr = 2048 // GROUPS if GROUPS < 2048 else 1
+    group, row = tl.arange(0, GROUPS), tl.arange(0, PARTS)[:, None]
+    at = moments + b.to(tl.int64) * parts * (2 * GROUPS) + group[None, :]
+    sums = tl.zeros((PARTS, GROUPS), tl.float32)
+    squares = tl.zeros((PARTS, GROUPS), tl.float32)
     part = 0
     while part < parts:
-        exists = (row + part < parts) & (member < size)[None]
+        to = at + (row + part) * (2 * GROUPS)
         # Past the first cache, which is not kept coherent between programs.
-        sums += tl.load(at, exists, 0.0, cache_modifier=".cg")
-        squares += tl.load(at + CHANNELS, exists, 0.0, cache_modifier=".cg")
-        at += PARTS * 2 * CHANNELS
+        sums += tl.load(to, row + part < parts, 0.0, cache_modifier=".cg")
+        squares += tl.load(to + GROUPS, row + part < parts, 0.0, cache_modifier=".cg")
         part += PARTS
-    count = (pixels * size).to(tl.float32)
-    mean = tl.sum(tl.sum(sums, 0), 1) / count
-    variance = tl.maximum(tl.sum(tl.sum(squares, 0), 1) / count - mean * mean, 0.0)
-    place = statistics + b * (2 * GROUPS) + tl.arange(0, GROUPS)
+    mean = tl.sum(sums, 0) / count
+    variance = tl.maximum(tl.sum(squares, 0) / count - mean * mean, 0.0)
+    place = statistics + b * (2 * GROUPS) + group
     tl.store(place, mean)
     tl.store(place + GROUPS, 1 / tl.sqrt(variance + eps))
 
 
 @triton.jit
-def scale_and_shift(statistics, weight, bias, b, columns, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
+def scale_and_shift(statistics, weight, bias, b, columns, exists, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
     """The norm of sample b as x * scale + shift, for these columns."""
-    exists = columns < CHANNELS
     at = statistics + b * (2 * GROUPS) + columns // (CHANNELS // GROUPS)
     mean = tl.load(at, exists, 0.0, cache_modifier=".cg")
     scale = tl.load(weight + columns, exists, 0.0) * tl.load(at + GROUPS, exists, 0.0, cache_modifier=".cg")
@@ -79,9 +74,28 @@ def scale_and_shift(statistics, weight, bias, b, columns, CHANNELS: tl.constexpr
 
 
 @triton.jit
-def load_sum(
-    raw, bias, residual, b, p, columns, inside, height, width, CHANNELS: tl.constexpr, SOURCE: tl.constexpr
-):
+def silu(x):
+    """x * sigmoid(x), the reciprocal to 1 ulp: a division with all its cases would take longer than the memory."""
+    if INTERPRETED:
+        return x / (1.0 + tl.exp(-x))
+    else:
+        denominator = 1.0 + tl.exp(-x)
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def which_exist(p, pixels, exists, EVEN: tl.constexpr):
+    """[P, C]: pixels and channels that there are; a constant, which costs nothing, where that is all of them."""
+    if EVEN:
+        return tl.full((p.shape[0], exists.shape[0]), True, tl.int1)
+    else:
+        return (p < pixels)[:, None] & exists[None, :]
+
+
+@triton.jit
+def load_sum(raw, bias, residual, b, p, columns, exists, inside, height, width, CHANNELS: tl.constexpr, SOURCE: tl.constexpr):
     """raw + bias + residual [P, C] of pixels p of sample b, in float32."""
     b = b.to(tl.int64)
     y, x = p // width, p % width
@@ -94,7 +108,7 @@ def load_sum(
         at = (b * (height * width) + p) * CHANNELS
     values = tl.load(raw + at[:, None] + columns[None, :], inside, 0.0).to(tl.float32)
     if bias is not None:
-        values += tl.load(bias + columns, columns < CHANNELS, 0.0)[None, :]
+        values += tl.load(bias + columns, exists, 0.0)[None, :]
     if residual is not None:
         at = (b * (height * width) + p) * CHANNELS
         values += tl.load(residual + at[:, None] + columns[None, :], inside, 0.0).to(tl.float32)
@@ -121,16 +135,19 @@ def finish_kernel(
     SOURCE: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
+    NORM: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
-    PASS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """kept = raw + bias + residual (unless None); with GROUPS, its statistics; out = its norm (unless None)."""
+    """kept = raw + bias + residual (unless None); with NORM, its statistics; out = its norm (unless None).
+
+    A program takes STEPS tiles. EVEN: every tile is full.
+    """
     pixels = height * width
     parts = tl.cdiv(pixels, BLOCK_P * STEPS)
-    if out is not None and PASS == 0:
+    if out is not None:
         ticket = tl.atomic_add(counters, 1)
         last_slot = 2 * samples - 1
         if ticket == (last_slot + 1) * parts - 1:
@@ -141,52 +158,52 @@ def finish_kernel(
         b = tl.where(second, tl.where(slot == last_slot, samples - 1, slot // 2 - 1), (slot + 1) // 2)
     else:
         ticket = tl.program_id(0)
-        b, second = ticket // parts, PASS == 2
+        b, second = ticket // parts, ticket < 0  # there is no second pass
     part = ticket % parts
-    if GROUPS > 0:
+    if NORM:
         arrived, ready, done = counters + 1 + b, counters + 1 + samples + b, counters + 1 + 2 * samples + b
-    columns = tl.arange(0, BLOCK_C)
+    columns, exists = grouped_columns(CHANNELS, GROUPS, SIZE)
     if second:
-        if PASS == 0:
+        if out is not None:
             while tl.atomic_add(ready, 0) == 0:
                 pass
-        scale, offset = scale_and_shift(statistics, weight, shift, b, columns, CHANNELS, GROUPS)
-        for step in tl.static_range(STEPS):
-            p = (part * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)
-            inside = (p < pixels)[:, None] & (columns < CHANNELS)[None, :]
-            at = ((b.to(tl.int64) * pixels + p) * CHANNELS)[:, None] + columns[None, :]
-            if kept is None:
-                values = load_sum(raw, bias, residual, b, p, columns, inside, height, width, CHANNELS, SOURCE)
-            else:
-                values = tl.load(kept + at, inside, 0.0, cache_modifier=".cg").to(tl.float32)
-            values = values * scale[None, :] + offset[None, :]
-            if SILU:
-                values = values * tl.sigmoid(values)
-            tl.store(out + at, rounded(values), inside)
-        if PASS == 0:
+            scale, offset = scale_and_shift(statistics, weight, shift, b, columns, exists, CHANNELS, GROUPS)
+            for step in range(STEPS):
+                p = (part * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+                inside = which_exist(p, pixels, exists, EVEN)
+                at = ((b.to(tl.int64) * pixels + p) * CHANNELS)[:, None] + columns[None, :]
+                if kept is None:
+                    values = load_sum(raw, bias, residual, b, p, columns, exists, inside, height, width, CHANNELS, SOURCE)
+                else:
+                    values = tl.load(kept + at, inside, 0.0, cache_modifier=".cg").to(tl.float32)
+                values = values * scale[None, :] + offset[None, :]
+                if SILU:
+                    values = silu(values)
+                store_rounded(out + at, values, inside)
             if is_last(done, parts):
                 tl.store(ready, 0)
     else:
-        sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for step in tl.static_range(STEPS):
+        sums = tl.zeros((BLOCK_P, GROUPS * SIZE), tl.float32)
+        squares = tl.zeros((BLOCK_P, GROUPS * SIZE), tl.float32)
+        for step in range(STEPS):
             p = (part * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)
-            inside = (p < pixels)[:, None] & (columns < CHANNELS)[None, :]
-            values = load_sum(raw, bias, residual, b, p, columns, inside, height, width, CHANNELS, SOURCE)
+            inside = which_exist(p, pixels, exists, EVEN)
+            values = load_sum(raw, bias, residual, b, p, columns, exists, inside, height, width, CHANNELS, SOURCE)
             if kept is not None:
                 at = ((b.to(tl.int64) * pixels + p) * CHANNELS)[:, None] + columns[None, :]
-                tl.store(kept + at, rounded(values), inside)
-            if GROUPS > 0:
+                store_rounded(kept + at, values, inside)
+            if NORM:
                 values = tl.where(inside, values, 0.0)
                 sums += values
                 squares += values * values
-        if GROUPS > 0:
-            to = moments + (b * parts + part).to(tl.int64) * (2 * CHANNELS) + columns
-            tl.store(to, tl.sum(sums, 0), columns < CHANNELS)
-            tl.store(to + CHANNELS, tl.sum(squares, 0), columns < CHANNELS)
+        if NORM:
+            to = moments + (b * parts + part).to(tl.int64) * (2 * GROUPS) + tl.arange(0, GROUPS)
+            tl.store(to, tl.sum(tl.sum(sums, 0).reshape(GROUPS, SIZE), 1))
+            tl.store(to + GROUPS, tl.sum(tl.sum(squares, 0).reshape(GROUPS, SIZE), 1))
             if is_last(arrived, parts):
-                finish_statistics(moments, statistics, b, parts, pixels, eps, CHANNELS, GROUPS, SIZE)
-                if out is not None and PASS == 0:
+                count = (pixels * (CHANNELS // GROUPS)).to(tl.float32)
+                finish_statistics(moments, statistics, b, parts, count, eps, GROUPS)
+                if out is not None:
                     tl.debug_barrier()
                     tl.atomic_add(ready, 1)
 
@@ -203,19 +220,18 @@ def finish(
     counters: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     batch, height, width, channels = shape
-    block_c = next_power_of_2(channels)
-    block_p = min(max(BLOCK // block_c, 1), next_power_of_2(height * width))
+    groups = 1 if norm is None else norm.groups
+    size = next_power_of_2(channels // groups)
+    block_p = min(max(BLOCK // (groups * size), 1), next_power_of_2(height * width))
     tiles = ceil_div(height * width, block_p)
-    steps = STEPS if batch * tiles >= STEPS * MANY else 1
+    steps = min(STEPS, next_power_of_2(max(batch * tiles // MANY, 1)))
     parts = ceil_div(tiles, steps)
-    groups = 0 if norm is None else norm.groups
     kept = raw.new_empty(shape) if keep else None
     out = raw.new_empty(shape) if norm is not None and apply else None
-    moments = torch.empty(batch if groups else 0, parts, 2, channels, device=raw.device)
+    moments = torch.empty(0 if norm is None else batch * parts, 2, groups, device=raw.device)
     statistics = torch.empty(batch, 2, groups, device=raw.device)
     with on_device(raw):
-      for which in ((0,) if out is None or not TWO else (1, 2)):
-        finish_kernel[(batch * parts * (1 if out is None or TWO else 2),)](
+        finish_kernel[(batch * parts * (1 if out is None else 2),)](
             raw,
             bias,
             residual,
@@ -233,11 +249,12 @@ def finish(
             CHANNELS=channels,
             SOURCE=source,
             GROUPS=groups,
-            SIZE=next_power_of_2(channels // groups) if groups else 1,
+            SIZE=size,
+            NORM=norm is not None,
             SILU=norm is not None and norm.silu,
             BLOCK_P=block_p,
-            BLOCK_C=block_c,
-            STEPS=steps, PASS=which,
+            STEPS=steps,
+            EVEN=height * width % (block_p * steps) == 0 and groups * size == channels,
             num_warps=NUM_WARPS,
         )
-    return kept, (statistics if groups else None) if out is None else out
+    return kept, (None if norm is None else statistics) if out is None else out

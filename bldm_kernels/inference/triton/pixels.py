@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backends.triton.common import INTERPRETED, ceil_div, next_power_of_2, on_device, store_rounded
+from ...backends.triton.common import ceil_div, next_power_of_2, on_device, store_rounded
 from ..group_norm import Norm
-from .group_norm import rounded, scale_and_shift
+from .common import product, rounded
+from .group_norm import scale_and_shift, silu
 
-BLOCK_PIXELS, BLOCK_CHANNELS = 128, 64  # of a tile of the product
+BLOCK_PIXELS, BLOCK_CHANNELS = 64, 64  # of a tile of the product
 PATCH_PIXELS = 128
 SUM_PIXELS = 512
 
@@ -26,7 +27,7 @@ def patches_kernel(
     y, x = p // width + tap // 3 - 1, p % width + tap % 3 - 1
     inside = (p < height * width) & (tap < 9) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     values = tl.load(images + (b * CHANNELS + c) * height * width + y * width + x, inside, 0.0).to(tl.float32)
-    tl.store(out + (b * height * width + p) * WIDTH + k, rounded(values), (p < height * width) & (k < WIDTH))
+    store_rounded(out + (b * height * width + p) * WIDTH + k, values, (p < height * width) & (k < WIDTH))
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -54,17 +55,17 @@ def taps_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for block in tl.static_range(C_BLOCKS):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        scale, shift = scale_and_shift(statistics, norm_weight, norm_bias, b, c, CHANNELS, GROUPS)
+        scale, shift = scale_and_shift(statistics, norm_weight, norm_bias, b, c, c < CHANNELS, CHANNELS, GROUPS)
         exists = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
         at = (b.to(tl.int64) * pixels + p)[:, None] * CHANNELS + c[None, :]
         values = tl.load(x + at, exists, 0.0).to(tl.float32) * scale[None, :] + shift[None, :]
         if SILU:
-            values = values * tl.sigmoid(values)
+            values = silu(values)
         rows = tl.load(weight + n[None, :] * CHANNELS + c[:, None], (n < columns)[None, :] & (c < CHANNELS)[:, None], 0.0)
-        if INTERPRETED:
-            total = tl.dot(values, rows.to(tl.float32), total)
+        if x.dtype.element_ty == tl.bfloat16:
+            total = product(rounded(values, tl.bfloat16), rows, total)
         else:
-            total = tl.dot(values.to(tl.bfloat16), rows, total)
+            total = product(values.to(tl.float16), rows, total)
     to = out + (b.to(tl.int64) * columns + n)[None, :] * pixels + p[:, None]
     tl.store(to, total, (n < columns)[None, :] & (p < pixels)[:, None])
 
@@ -89,9 +90,9 @@ def sum_kernel(taps, bias, out, height, width, channels, BLOCK: tl.constexpr):
         store_rounded(out + (b * channels + n) * pixels + p, total, p < pixels)
 
 
-def patches(images: Tensor, width: int) -> Tensor:
+def patches(images: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     batch, channels, height, columns = images.shape
-    out = torch.empty(batch, height, columns, width, dtype=torch.bfloat16, device=images.device)
+    out = torch.empty(batch, height, columns, width, dtype=dtype, device=images.device)
     options = {"CHANNELS": channels, "WIDTH": width, "BLOCK_W": next_power_of_2(width), "BLOCK": PATCH_PIXELS}
     with on_device(images):
         patches_kernel[(ceil_div(height * columns, PATCH_PIXELS), batch)](images, out, height, columns, **options)

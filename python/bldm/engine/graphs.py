@@ -42,6 +42,9 @@ class GraphCache:
         self._pool = torch.cuda.graph_pool_handle() if self.limit else None
         self._calls: OrderedDict[Hashable, CapturedCall] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._calls)
+
     def __call__(self, name: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x); `name` must tell functions apart."""
         if not self.limit:
