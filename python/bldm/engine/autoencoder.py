@@ -6,7 +6,7 @@ upsampling is part of the convolution behind it; the last norm, the last convolu
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from bldm_kernels.inference.group_norm import Norm, finish
 from ..convnets import Attention, Downsample, ResidualBlock, Upsample
 from ..parts import part
 from .graphs import GraphCache
+from .report import Part, warn_of_fallbacks
 
 if TYPE_CHECKING:
     from ..autoencoder import BinaryAutoencoder
@@ -29,15 +30,6 @@ IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 # Between two steps: the activations (B, H, W, C), and their norm if the next step begins with one (or its statistics).
 Flow = tuple[Tensor | None, Tensor | None]
-
-
-class Part(NamedTuple):
-    """One part of the engine: its name, the shape of its input (H, W, C), and what runs it: "triton", "cuDNN", "cuBLAS" or
-    "PyTorch"."""
-
-    name: str
-    shape: tuple[int, ...]
-    path: str
 
 
 @dataclass(frozen=True)
@@ -51,8 +43,10 @@ class Place:
     counters: Tensor
     parts: list[Part]
 
-    def note(self, what: str, path: str) -> None:
-        self.parts.append(Part(f"{self.name}/{what}", self.shape, path))
+    def note(self, what: str, runs: str | bool) -> None:
+        """A part of the step, and the function of PyTorch that runs it, or whether a kernel does."""
+        name = f"{self.name}/{what}"
+        self.parts.append(Part(name, self.shape, runs) if isinstance(runs, str) else Part.of(name, self.shape, runs))
 
 
 class Ending:
@@ -61,7 +55,7 @@ class Ending:
     def __init__(self, norm: Norm | None, place: Place, *, keep: bool, apply: bool = True):
         self.norm, self.keep, self.apply, self.counters = norm, keep, apply, place.counters
         supported = group_norm.supports(place.dtype, place.shape[2], place.device)
-        place.note("sum" if norm is None else "sum, norm", "triton" if supported else "PyTorch")
+        place.note("sum" if norm is None else "sum, norm", supported)
 
     def __call__(self, raw: Tensor, filter: Filter | None, residual: Tensor | None = None) -> Flow:
         options = {"keep": self.keep, "apply": self.apply, "counters": self.counters}
@@ -71,8 +65,7 @@ class Ending:
 
 
 def _noted(filter: Filter, place: Place, name: str = "convolution") -> Filter:
-    library = "cuBLAS" if filter.weight.shape[2:] == (1, 1) else "cuDNN"
-    place.note(name, library if place.device.type == "cuda" else "PyTorch")
+    place.note(name, "linear" if filter.weight.shape[2:] == (1, 1) else "conv2d")
     return filter
 
 
@@ -114,7 +107,7 @@ class SelfAttention:
     def __init__(self, block: Attention, place: Place, after: "After"):
         qkv = _noted(Filter.of(block.qkv, place.dtype), place, "qkv")
         self.weight, self.bias = qkv.weight[:, :, 0, 0], qkv.bias.to(place.dtype)
-        place.note("attention", "PyTorch")
+        place.note("attention", "scaled_dot_product_attention")
         self.out = _noted(Filter.of(block.out, place.dtype), place, "out")
         self.ending = after(place)
 
@@ -131,7 +124,7 @@ class FirstConvolution:
 
     def __init__(self, conv: nn.Conv2d, place: Place, after: "After"):
         filter = Filter.of(conv, place.dtype)
-        place.note("patches", "triton" if pixels.supports_patches(place.dtype, place.device) else "PyTorch")
+        place.note("patches", pixels.supports_patches(place.dtype, place.device))
         taps = filter.weight.permute(0, 2, 3, 1).flatten(1)
         self.width = -(-taps.shape[1] // 8) * 8  # products want multiples of 16 bytes
         weight = F.pad(taps, (0, self.width - taps.shape[1]))[:, :, None, None]
@@ -152,7 +145,7 @@ class Pixels:
         self.norm, self.bias = norm, filter.bias
         self.weight = filter.weight.permute(0, 2, 3, 1).contiguous()
         supported = pixels.supports_pixels(place.dtype, self.weight, place.device)
-        place.note("norm, convolution, pixels", "triton" if supported else "PyTorch")
+        place.note("norm, convolution, pixels", supported)
 
     def __call__(self, flow: Flow, dtype: torch.dtype) -> Tensor:
         x, statistics = flow
@@ -257,6 +250,8 @@ class AutoencoderEngine:
         place = Place("encoder", (self.image_size, self.image_size, self.in_channels), self.device, dtype, counters, self._parts)
         self._encoder, _ = plan(tuple(autoencoder.encoder), len(autoencoder.encoder), place)
         self._graphs = GraphCache(bk.checks.integer("max_graphs", max_graphs, 0, 2**10), self.device)
+        if self.device.type == "cuda":
+            warn_of_fallbacks(self._parts)
         if dtype == torch.float16:
             self._check_range()
 
