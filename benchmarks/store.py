@@ -3,7 +3,8 @@
     python benchmarks/store.py --out benchmarks/results/store_cpu.json
 
 Everything is read from the page cache (the store has just been written); each way of reading is checked before it is timed.
-Medians of several repetitions. With `--device cuda` also a store that is resident on the GPU.
+Rates of reading are those of the median shard or batch, so that what else the machine does counts little; writing, verifying and
+the copy to a device are timed as a whole. With `--device cuda` also a store that is resident on the GPU.
 """
 
 import argparse
@@ -33,12 +34,14 @@ DRAWS = 200_000
 
 
 def seconds(function: Callable[[], Any], repeat: int = 5) -> float:
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    """Median time of a call."""
+    return statistics.median(lap(function) for _ in range(repeat))
+
+
+def lap(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def rounded(value: float) -> float:
@@ -65,22 +68,24 @@ def right(batch: dict[str, torch.Tensor], indices: torch.Tensor) -> bool:
     return torch.equal(batch["label"], indices) and torch.equal(named, indices)
 
 
-def in_sequence(store: bldm.LatentStore, buffer: torch.Tensor) -> None:
-    for _, batch in store.shards():
-        buffer[: len(batch["packed"])].copy_(batch["packed"])
+def in_sequence(store: bldm.LatentStore, buffer: torch.Tensor) -> float:
+    """GB/s of copying the latents of the median full shard."""
+    full = [batch["packed"] for _, batch in store.shards() if len(batch["packed"]) == len(buffer)]
+    return buffer.nbytes / statistics.median([lap(lambda part=part: buffer.copy_(part)) for part in full]) / 1e9
 
 
-def drawn(source: Any, batches: list[torch.Tensor]) -> None:
-    for indices in batches:
-        source[indices]
-    if indices.is_cuda:
-        torch.cuda.synchronize()
+def rate(draw: Callable[[], Any], size: int, cuda: bool) -> int:
+    """Latents a second of the median batch; on a GPU of a run of 20, which is then waited for."""
+    repeat = 20 if cuda else 1
 
+    def run() -> None:
+        for _ in range(repeat):
+            draw()
+        if cuda:
+            torch.cuda.synchronize()
 
-def streamed(stream: Any) -> None:
-    *_, last = (batch["packed"].device for batch in itertools.islice(stream, DRAWS // 64))
-    if last.type == "cuda":
-        torch.cuda.synchronize()
+    run()
+    return round(size * repeat / seconds(run, max(10, DRAWS // size // repeat)))
 
 
 def measure(path: Path, count: int, device: str | None) -> dict[str, Any]:
@@ -92,25 +97,26 @@ def measure(path: Path, count: int, device: str | None) -> dict[str, Any]:
     assert store.verify() == () and len(store) == count
     results["verify_gb_per_s"] = rounded(total / seconds(store.verify, 3))
     buffer = torch.zeros(store.samples_per_shard, 16, 16, 8, dtype=torch.uint8)
-    results["sequential_first_gb_per_s"] = rounded(total / seconds(lambda: in_sequence(bldm.LatentStore(path), buffer)))
-    results["sequential_again_gb_per_s"] = rounded(total / seconds(lambda: in_sequence(store, buffer)))
-    generator = torch.Generator().manual_seed(0)
-    sources = {"": store} if device is None else {"": store, "resident_": store.to(device)}
+    results["sequential_first_gb_per_s"] = rounded(in_sequence(bldm.LatentStore(path), buffer))
+    in_sequence(store, buffer)
+    results["sequential_again_gb_per_s"] = rounded(in_sequence(store, buffer))
+    results["epoch_order_ms"] = rounded(1e3 * seconds(lambda: store.stream(64).order(0)))
+    sources: dict[str, Any] = {"": store}
     if device is not None:
         results["to_device_gb_per_s"] = rounded(total / seconds(lambda: (store.to(device), torch.cuda.synchronize()), 3))
+        sources["resident_"] = store.to(device)
     for name, source in sources.items():
         for size in BATCHES:
-            batches = [torch.randint(count, (size,), generator=generator) for _ in range(max(1, DRAWS // size))]
-            batches = [indices.to(device) if name and device else indices for indices in batches]
-            assert right(source[batches[0]], batches[0])
-            rate = size * len(batches) / seconds(lambda source=source, batches=batches: drawn(source, batches))
-            results[f"{name}random_{size}_latents_per_s"] = round(rate)
+            batches = itertools.cycle(torch.randint(count, (100, size)).to(getattr(source, "device", "cpu")))
+            indices = next(batches)
+            assert right(source[indices], indices)
+            drawn = rate(lambda s=source, b=batches: s[next(b)], size, name != "")
+            results[f"{name}random_{size}_latents_per_s"] = drawn
         for shuffle in ("full", "shards"):
             stream = source.stream(64, shuffle=shuffle)
             assert right(source[stream.indices(0)], stream.indices(0))
-            results[f"{name}stream_{shuffle}_64_latents_per_s"] = round(
-                64 * min(len(stream), DRAWS // 64) / seconds(lambda s=stream: streamed(s))
-            )
+            endless = itertools.chain.from_iterable(itertools.repeat(stream))
+            results[f"{name}stream_{shuffle}_64_latents_per_s"] = rate(lambda e=endless: next(e), 64, name != "")
     return results
 
 
