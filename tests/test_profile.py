@@ -191,6 +191,19 @@ def test_the_engine_of_a_model(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_engine_of_an_autoencoder(device: str) -> None:
+    """It marks parts too, and has graphs of its own, which are used again afterwards."""
+    model = tiny_model().to(device)
+    engine = model.optimize("float32")
+    engine.autoencoder = model.autoencoder.optimize("bf16")
+    decoding = bldm.profile(engine, num_samples=2, steps=2, repeats=1).phases[1]
+    check_sums(decoding)
+    assert {"embed", "pixels"} <= parts(decoding) and "the model marks" in decoding.note
+    assert engine.autoencoder.graph and engine.autoencoder.num_graphs == (device == "cuda")
+    assert all(activity.part for activity in decoding.recording.activities if activity.in_graph)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_options_of_the_sampler(device: str) -> None:
     """bfloat16 products, in the decoder too: it takes copies into that precision."""
     model = tiny_model().to(device)

@@ -294,6 +294,15 @@ class AutoencoderEngine:
         return bk.binarize(self.encode_logits(images), seed=seed, sample_offset=sample_offset, dim=1)
 
     @property
+    def graph(self) -> bool:
+        """Whether calls are graphs; set it to False to see the kernels one by one, as a profile does."""
+        return self._graphs.enabled
+
+    @graph.setter
+    def graph(self, enabled: bool) -> None:
+        self._graphs.enabled = enabled
+
+    @property
     def num_graphs(self) -> int:
         """Graphs that are kept now."""
         return len(self._graphs)

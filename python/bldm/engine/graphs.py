@@ -2,10 +2,16 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def fixed_algorithms() -> AbstractContextManager[None]:
+    """The libraries' own choice of an algorithm, and nothing that varies between runs."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=True)
 
 
 class CapturedCall:
@@ -16,8 +22,7 @@ class CapturedCall:
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(example.device)
         side.wait_stream(torch.cuda.current_stream(example.device))
-        # The libraries' own choice of an algorithm, and nothing that varies between runs.
-        with torch.cuda.device(example.device), torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=True):
+        with torch.cuda.device(example.device), fixed_algorithms():
             with torch.cuda.stream(side):
                 function(self.input)  # compiles and measures what is compiled and measured at a first call
             side.synchronize()
@@ -34,11 +39,12 @@ class CapturedCall:
 class GraphCache:
     """At most `limit` graphs, the least recently used one dropped first; they share one memory pool, so never run two at a time.
 
-    With a limit of 0, and on a CPU, functions are simply called.
+    With a limit of 0, while `enabled` is False, and on a CPU, functions are simply called.
     """
 
     def __init__(self, limit: int, device: torch.device):
         self.limit = limit if device.type == "cuda" else 0
+        self.enabled = True
         self._pool = torch.cuda.graph_pool_handle() if self.limit else None
         self._calls: OrderedDict[Hashable, CapturedCall] = OrderedDict()
 
@@ -47,8 +53,11 @@ class GraphCache:
 
     def __call__(self, name: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x); `name` must tell functions apart."""
-        if not self.limit:
+        if x.device.type != "cuda":
             return function(x)
+        if not (self.limit and self.enabled):
+            with fixed_algorithms():
+                return function(x)
         key = (name, x.shape, x.dtype)
         if key not in self._calls:
             while len(self._calls) >= self.limit:
