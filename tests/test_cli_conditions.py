@@ -9,7 +9,7 @@ import bldm
 import numpy as np
 import pytest
 import torch
-from bldm import bundled, diffusion
+from bldm import bundled, painter
 from bldm.inpaint import inpainting_bits
 from PIL import Image
 from safetensors.torch import save_file
@@ -42,7 +42,7 @@ class FirstLetter:
 @pytest.fixture(autouse=True)
 def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diffusion, "TextEncoder", FirstLetter)
+    monkeypatch.setattr(painter, "TextEncoder", FirstLetter)
 
 
 def latents_of(*options: object) -> Tensor:
