@@ -22,22 +22,11 @@ import bldm
 import torch
 from accelerate import STEPS, median_ms, rounded
 from accelerate_models import PaperDenoiser, PaperSampler
+from autoencoder import PAPER as AUTOENCODER
 from torch import Tensor, nn
 
 import bldm_kernels as bk
 
-AUTOENCODER: dict[str, Any] = {
-    "image_size": 256,
-    "in_channels": 3,
-    "num_bits": 64,
-    "base_channels": 128,
-    "channel_multipliers": (1, 1, 2, 2, 4),
-    "num_res_blocks": 2,
-    "architecture": "taming",
-    "attention_levels": (4,),
-    "embedding_width": 256,
-    "norm_first": True,
-}
 DENOISER: dict[str, Any] = {"width": 768, "depth": 24, "num_heads": 12}
 PRECISIONS, LIMITS = ("bf16", "fp8"), {"bf16": 2e-2, "fp8": 8e-2}
 CURVES: dict[str, tuple[int, ...]] = {

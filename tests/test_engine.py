@@ -276,6 +276,8 @@ def test_a_whole_model_paints_like_itself(device: str) -> None:
     assert torch.equal(bf16.sample(4, 8, **options), images) and torch.equal(bf16.sample(4, 8, **options), images)
     assert (bf16.decode(latents) - model.decode(latents)).abs().mean() < 2 / 255
     assert bf16.latent_shape == model.latent_shape and bf16.class_names == model.class_names
+    names = {part.name.split("/")[0] for part in bf16.report()}
+    assert {"embed", "blocks", "head", "decoder", "encoder"} <= names and engine.report() == engine.denoiser.report()
     with pytest.raises(ValueError, match="labels"):
         engine.sample(2, 4, labels=7)
     with pytest.raises(ValueError, match="precision"):

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from ..painter import Painter
 from ..sampling import FastSampler
+from .autoencoder import AutoencoderEngine
 from .report import Part
 
 if TYPE_CHECKING:
+    from ..autoencoder import BinaryAutoencoder
     from ..diffusion import BinaryLatentDiffusion
 
 
@@ -34,13 +36,16 @@ class DiffusionEngine(Painter):
             "prediction": model.prediction,
         }
         self.denoiser = model.denoiser.optimize(precision, **self._training)
-        self.autoencoder = model.autoencoder
+        self.autoencoder = self._autoencoder_of(model)
         self._samplers: dict[str, FastSampler] = {}
 
     def refresh(self, model: "BinaryLatentDiffusion") -> None:
         """Take over the weights that `model`, of the same configuration, has now, calibrated as at first."""
         self.denoiser.refresh(model.denoiser, **self._training)
-        self.autoencoder = model.autoencoder
+        self.autoencoder = self._autoencoder_of(model)
+
+    def _autoencoder_of(self, model: "BinaryLatentDiffusion") -> "BinaryAutoencoder | AutoencoderEngine":
+        return model.autoencoder if self.denoiser.precision == "float32" else model.autoencoder.optimize()
 
     def _sampler_by(self, rule: str) -> FastSampler:
         if rule not in self._samplers:
@@ -49,4 +54,5 @@ class DiffusionEngine(Painter):
 
     def report(self) -> tuple[Part, ...]:
         """What runs every part, so that a fallback to PyTorch is seen."""
-        return self.denoiser.report()
+        decoding = self.autoencoder.report() if isinstance(self.autoencoder, AutoencoderEngine) else ()
+        return (*self.denoiser.report(), *decoding)
