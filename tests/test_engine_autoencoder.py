@@ -211,7 +211,7 @@ def test_batches_may_be_split() -> None:
     packed = latents(autoencoder, 5)
     whole, split = autoencoder.optimize(), autoencoder.optimize(max_batch=2)
     images = whole.decode(packed)
-    torch.testing.assert_close(split.decode(packed), images, rtol=0, atol=0.05)
+    assert (split.decode(packed) - images).abs().mean() < 1 / 255  # other algorithms of the libraries, rounded otherwise
     assert torch.equal(whole.decode(packed), images)
     # Random bits of a sample depend on its index alone, so the same logits give the same bits.
     logits = split.encode_logits(images)
@@ -302,7 +302,7 @@ def test_graphs_are_kept_and_replaced() -> None:
     for count in (1, 3, 2, 3, 1):
         packed = latents(autoencoder, count)
         images = engine.decode(packed)
-        torch.testing.assert_close(images, direct.decode(packed), rtol=0, atol=0.05)
+        assert (images - direct.decode(packed)).abs().mean() < 1 / 255
         assert torch.equal(engine.decode(packed), images)
         assert engine.num_graphs <= 2
     first = engine.decode(packed)
