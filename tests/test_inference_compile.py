@@ -57,9 +57,8 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
             yield attention.attention, (low(batch, tokens, 3 * heads * dim), heads, mask, scale, special, out)
         for batch in (1, 64):
             tokens = [low(1, 768), *([low(batch, 768)] if special else [])]
-            moments = torch.zeros(batch * (256 + len(tokens)), 6, 2) if special else None
             packed, out = torch.zeros(batch, 256, 8, dtype=byte), low(batch, 256 + len(tokens), 768)
-            yield embed.embed_tokens, (packed, low(64, 768), torch.zeros(256, 768), tokens, out, moments, special)
+            yield embed.embed_tokens, (packed, low(64, 768), torch.zeros(256, 768), tokens, out, special)
         for batch, num_bits in ((1, 64), (8, 64), (64, 64), (64, 12)):
             h, sums, x = low((1 + special) * batch, 257, 768), torch.zeros(num_bits), torch.zeros(batch, 256, -(-num_bits // 8))
             fixed, x = (h, low(num_bits, 768), sums, sums, 1e-5), x.to(byte)

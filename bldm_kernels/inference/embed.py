@@ -19,15 +19,9 @@ def plain(packed: Tensor, weight: Tensor, positions: Tensor, extra_tokens: Seque
         out[:, row] = token.expand(samples, -1).to(out.dtype)
 
 
-def row_moments(x: Tensor, parts: int) -> Tensor:
-    """float32 (M, parts, 2): sum and sum of squares of every row (M, W), of `parts` equal runs of columns."""
-    x = x.float().unflatten(-1, (parts, -1))
-    return torch.stack([x.sum(-1), x.square().sum(-1)], dim=-1)
-
-
-def supports(out: Tensor, num_extra: int, parts: int | None = None) -> bool:
-    """Whether the kernel takes bfloat16 `out` (B, T, W): with one or two extra tokens, and moments of at most 1,024 columns."""
-    fits = out.dtype == torch.bfloat16 and 1 <= num_extra <= 2 and (parts is None or out.shape[-1] // parts <= 1024)
+def supports(out: Tensor, num_extra: int) -> bool:
+    """Whether the kernel takes bfloat16 `out` (B, T, W): with one or two extra tokens."""
+    fits = out.dtype == torch.bfloat16 and 1 <= num_extra <= 2
     return fits and out.numel() > 0 and triton_runs_on(out.device)
 
 
@@ -37,7 +31,6 @@ def embed_tokens(
     positions: Tensor,
     extra_tokens: Sequence[Tensor],
     out: Tensor,
-    moments: Tensor | None = None,
     *,
     pdl: bool = False,
 ) -> Tensor:
@@ -50,7 +43,6 @@ def embed_tokens(
         positions: float32 (N, W), the embedding's bias already added.
         extra_tokens: tensors (1, W), the same for all samples, or (B, W), in the dtype of out: token N, N + 1, ...
         out: contiguous (B, T, W), T = N + len(extra_tokens); bfloat16 for the kernel.
-        moments: float32 (B T, parts, 2) to receive `row_moments` of the rows of out, as stored; parts divides W.
         pdl: as in `attention`.
 
     Returns: out.
@@ -82,22 +74,11 @@ def embed_tokens(
     named = {"packed": packed, "weight": weight, "positions": positions}
     for name, value in {**named, **{f"extra_tokens[{i}]": token for i, token in enumerate(extra_tokens)}}.items():
         checks.same_device(name, value, "out", out)
-    if moments is not None:
-        checks.tensor("moments", moments, (torch.float32,))
-        checks.same_device("moments", moments, "out", out)
-        fits = moments.dim() == 3 and moments.shape[0] == samples * tokens and moments.shape[2] == 2
-        if not fits or moments.shape[1] < 1 or width % moments.shape[1] or not moments.is_contiguous():
-            raise ValueError(
-                f"moments: expected a contiguous ({samples * tokens}, parts, 2), parts a divisor of {width}, got shape "
-                f"{tuple(moments.shape)}"
-            )
-    if supports(out, len(extra_tokens), None if moments is None else moments.shape[1]):
+    if supports(out, len(extra_tokens)):
         from .triton import embed as kernels
 
         extra = [token.contiguous() for token in extra_tokens]
-        kernels.embed_tokens(packed.contiguous(), weight.contiguous(), positions.contiguous(), extra, out, moments, pdl)
+        kernels.embed_tokens(packed.contiguous(), weight.contiguous(), positions.contiguous(), extra, out, pdl)
         return out
     plain(packed, weight, positions, extra_tokens, out)
-    if moments is not None:
-        moments.copy_(row_moments(out.flatten(0, 1), moments.shape[1]))
     return out

@@ -5,24 +5,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...backends.triton.common import ceil_div, next_power_of_2, on_device, store_rounded
+from ...backends.triton.common import ceil_div, on_device, store_rounded
 from ...backends.triton.embed import load_bits
-from .common import dependent_launch, product, rounded
+from .common import dependent_launch, product
 
 BLOCK_C = 64  # bits a product
-
-
-@triton.jit
-def _store(out, moments, values, rows, columns, part, parts, width, inside):
-    """Store [M, D] of token rows [M], and the moments of what is stored."""
-    at = rows.to(tl.int64)[:, None]
-    store_rounded(out + at * width + columns, values, inside)
-    if moments is not None:
-        values = tl.where(inside, rounded(values, out.dtype.element_ty).to(tl.float32), 0.0)
-        to = moments + (rows.to(tl.int64) * parts + part) * 2
-        exists = tl.max(inside.to(tl.int32), axis=1) > 0
-        tl.store(to, tl.sum(values, axis=1), exists)
-        tl.store(to + 1, tl.sum(values * values, axis=1), exists)
+PART = 128  # columns a program
 
 
 @triton.jit
@@ -33,7 +21,6 @@ def tokens(
     first_extra,
     second_extra,
     out,
-    moments,
     num_samples,
     packed_samples,
     num_positions,
@@ -44,7 +31,6 @@ def tokens(
     EXTRA: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -53,9 +39,8 @@ def tokens(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    part, parts = tl.program_id(1), tl.num_programs(1)
-    columns = part * PART + tl.arange(0, BLOCK_D)[None, :]
-    column_exists = (tl.arange(0, BLOCK_D)[None, :] < PART) & (columns < width)
+    columns = tl.program_id(1) * PART + tl.arange(0, PART)[None, :]
+    column_exists = columns < width
     num_tokens, num_rows = num_positions + EXTRA, num_samples * num_positions
     tiles = tl.cdiv(num_rows, BLOCK_M)
     if tl.program_id(0) < tiles:
@@ -70,7 +55,8 @@ def tokens(
             channel = step * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
             weights = tl.load(weight + channel * width + columns, (channel < num_bits) & column_exists, 0.0)
             total = product(bits, weights, total)
-        _store(out, moments, total, row // num_positions * num_tokens + position, columns, part, parts, width, inside)
+        at = (row // num_positions * num_tokens + position).to(tl.int64)[:, None] * width
+        store_rounded(out + at + columns, total, inside)
     else:
         row = (tl.program_id(0) - tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         sample, which = (row // EXTRA)[:, None], (row % EXTRA)[:, None]
@@ -78,19 +64,15 @@ def tokens(
         token = tl.load(first_extra + sample * first_stride + columns, inside & (which == 0), 0.0).to(tl.float32)
         if EXTRA > 1:
             token += tl.load(second_extra + sample * second_stride + columns, inside & (which == 1), 0.0).to(tl.float32)
-        rows = row // EXTRA * num_tokens + num_positions + row % EXTRA
-        _store(out, moments, token, rows, columns, part, parts, width, inside)
+        at = (row // EXTRA * num_tokens + num_positions + row % EXTRA).to(tl.int64)[:, None] * width
+        store_rounded(out + at + columns, token, inside)
 
 
-def embed_tokens(
-    packed: Tensor, weight: Tensor, positions: Tensor, extra: list[Tensor], out: Tensor, moments: Tensor | None, pdl: bool
-) -> None:
+def embed_tokens(packed: Tensor, weight: Tensor, positions: Tensor, extra: list[Tensor], out: Tensor, pdl: bool) -> None:
     num_samples, num_tokens, width = out.shape
     num_positions = num_tokens - len(extra)
-    part = 128 if moments is None else width // moments.shape[1]
-    block_d = max(next_power_of_2(part), 16)
-    block_m = min(64, 8192 // block_d) if num_samples * num_positions > 2048 else 16
-    grid = (ceil_div(num_samples * num_positions, block_m) + ceil_div(num_samples * len(extra), block_m), ceil_div(width, part))
+    block_m = 64 if num_samples * num_positions > 2048 else 16
+    grid = (ceil_div(num_samples * num_positions, block_m) + ceil_div(num_samples * len(extra), block_m), ceil_div(width, PART))
     strides = [0 if len(token) == 1 else token.stride(0) for token in extra]
     first, second = extra[0], extra[-1]
     with on_device(out):
@@ -101,7 +83,6 @@ def embed_tokens(
             first,
             second,
             out,
-            moments,
             num_samples,
             len(packed),
             num_positions,
@@ -110,9 +91,8 @@ def embed_tokens(
             strides[0],
             strides[-1],
             EXTRA=len(extra),
-            PART=part,
+            PART=PART,
             BLOCK_M=block_m,
-            BLOCK_D=block_d,
             BLOCK_C=BLOCK_C,
             STEPS=ceil_div(len(weight), BLOCK_C),
             num_warps=8 if block_m == 64 else 4,
