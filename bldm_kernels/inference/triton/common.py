@@ -30,14 +30,21 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def saturated(values):
+    """float32 values within what e4m3 can hold; in the interpreter, whose conversion truncates, rounded as it rounds."""
+    values = tl.minimum(tl.maximum(values, -E4M3_MAX), E4M3_MAX)
+    if INTERPRETED:  # to 4 significant bits, or multiples of 2^-9
+        bits = values.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        values = tl.where(tl.abs(values) < 2.0**-6, (values + 1.5 * 2.0**14) - 1.5 * 2.0**14, normal)
+    return values
+
+
+@triton.jit
 def store_scaled(pointers, values, mask, scale):
     """Store float32 values in bfloat16; or with a scale, a pointer, values / scale in e4m3, saturated."""
     if scale is not None:
-        values = tl.minimum(tl.maximum(values / tl.load(scale), -E4M3_MAX), E4M3_MAX)
-        if INTERPRETED:  # it truncates here too: to 4 significant bits, or multiples of 2^-9
-            bits = values.to(tl.int32, bitcast=True)
-            normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-            values = tl.where(tl.abs(values) < 2.0**-6, (values + 1.5 * 2.0**14) - 1.5 * 2.0**14, normal)
+        values = saturated(values / tl.load(scale))
     store_rounded(pointers, values, mask)
 
 

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...backends.triton.common import INTERPRETED, ceil_div, on_device
 from ..product import Weights
-from .common import E4M3_MAX, dependent_launch, rounded
+from .common import dependent_launch, rounded, saturated
 from .common import product as dot
 
 STEP = 128  # bytes of K a step
@@ -56,17 +56,6 @@ def _gelu(x):
 
 
 @triton.jit
-def _e4m3(values, dtype: tl.constexpr):
-    """Saturated."""
-    values = tl.minimum(tl.maximum(values, -E4M3_MAX), E4M3_MAX)
-    if INTERPRETED:  # it truncates: to 4 significant bits, or multiples of 2^-9
-        bits = values.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        values = tl.where(tl.abs(values) < 2.0**-6, (values + 1.5 * 2.0**14) - 1.5 * 2.0**14, normal)
-    return values.to(dtype)
-
-
-@triton.jit
 def _finish(y, row, column, bias, scale, residual, out, inverse, num_columns, GELU: tl.constexpr):
     """The part of a tile that begins at `row`, `column`: from sums to what is stored."""
     if scale is not None:
@@ -79,7 +68,7 @@ def _finish(y, row, column, bias, scale, residual, out, inverse, num_columns, GE
     if residual is not None:
         y = y + residual.load([row, column]).to(tl.float32)
     if inverse is not None:
-        out.store([row, column], _e4m3(y * inverse, out.dtype))
+        out.store([row, column], saturated(y * inverse).to(out.dtype))
     else:
         out.store([row, column], rounded(y, out.dtype).to(out.dtype))
 
