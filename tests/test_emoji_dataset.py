@@ -95,6 +95,7 @@ def test_captions(sources: dict[str, Path]) -> None:
 def test_the_folder_it_writes(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the drawing: whole families are held out, the same ones every time, and training can read the rest."""
     colours = iter(range(10**6))
+    monkeypatch.setattr(make_dataset.features, "check", lambda name: True)  # a Pillow without raqm will do
     monkeypatch.setattr(ImageFont, "truetype", lambda *args, **kwargs: None)
     monkeypatch.setattr(make_dataset, "draw", lambda text, font, size: Image.new("RGB", (size, size), (next(colours), 0, 0)))
     for out in ("one", "other"):

@@ -308,7 +308,8 @@ def test_the_report_names_what_runs_and_fallbacks_are_warned_of(device: str) -> 
             assert {part.runs for part in parts.values()} == {"PyTorch", "scaled_dot_product_attention"}
         with bk.use_backend("triton"):
             forced = {part.name: part.runs for part in model.optimize(precision).report()}
-        assert forced["embed"] == ("PyTorch" if precision == "float32" else "kernel")
+        runs_here = device == "cuda" or not HAS_GPU  # the interpreter is for machines without a GPU
+        assert forced["embed"] == ("kernel" if runs_here and precision != "float32" else "PyTorch")
     if device == "cuda":
         with pytest.warns(UserWarning, match="blocks/attention.*PyTorch"):
             model_of("narrow", device).optimize()

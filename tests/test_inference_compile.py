@@ -95,7 +95,7 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 def main() -> None:
     import triton
-    from test_triton_compile import _Driver
+    from test_triton_compile import _Driver, tiles_read_twice
     from triton.runtime.jit import JITFunction
 
     triton.runtime.driver.set_active(_Driver())
@@ -109,6 +109,7 @@ def main() -> None:
         usage = subprocess.run([tool, "-res-usage", str(file)], capture_output=True, text=True, check=True)
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
         assert "sm_90" in binary.asm["ptx"] and found, usage
+        assert not tiles_read_twice(binary.asm["ttgir"]), kernel.__name__
         constants = {name: value for name, value in options.items() if name.isupper() or name.startswith("num_")}
         report.append((kernel.__name__, *map(int, found.groups()), binary.metadata.shared, constants))
 

@@ -162,11 +162,15 @@ def head_step(
     store_kept(out + offset, x, there, keep_mask, keep_bits, mask_stride, bits_stride, sample, byte)
 
 
-def _tiles(num_rows: int, num_bits: int, width: int, halves: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile: small ones where there are few rows, so that the whole GPU takes part; `halves`: 2 with guidance."""
+def _tiles(num_rows: int, num_bits: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile: small ones where there are few rows, so that the whole GPU takes part.
+
+    Never 64 rows: their product would run asynchronously, and Triton 3.6 would load the next tile of h over the one it still
+    reads, since a tile that is also read into registers, here for its mean and variance, gets one buffer too few.
+    """
     most = 16 if num_rows <= 1024 else 64
     block_c = min(max(next_power_of_2(num_bits), 16), most)
-    block_m, block_k = (16, 128) if num_rows <= 4096 else (64 // halves, 64)
+    block_m, block_k = (16, 128) if num_rows <= 4096 else (32, 64)
     grid = (ceil_div(num_rows, block_m), ceil_div(num_bits, block_c))
     tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k, "STEPS": ceil_div(width, block_k)}
     return grid, tile | {"num_warps": 4, "num_stages": 4}
@@ -212,7 +216,7 @@ def step(
 ) -> None:
     num_samples, num_positions = x_t.shape[:2]
     num_bits, width = weight.shape
-    grid, tile = _tiles(num_samples * num_positions, num_bits, width, 2 if guided else 1)
+    grid, tile = _tiles(num_samples * num_positions, num_bits, width)
     with on_device(h):
         head_step[grid](
             h,
