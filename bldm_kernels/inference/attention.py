@@ -25,7 +25,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | No
 
 def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, saturated: x is about scale times the result."""
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return (x.float() * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def supports(qkv: Tensor, num_heads: int) -> bool:

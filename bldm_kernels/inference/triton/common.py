@@ -44,7 +44,7 @@ def saturated(values):
 def store_scaled(pointers, values, mask, scale):
     """Store float32 values in bfloat16; or with a scale, a pointer, values / scale in e4m3, saturated."""
     if scale is not None:
-        values = saturated(values / tl.load(scale))
+        values = saturated(values * (1.0 / tl.load(scale)))  # one division, not one an element
     store_rounded(pointers, values, mask)
 
 
