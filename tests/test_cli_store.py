@@ -1,5 +1,6 @@
 """`bldm encode`, `bldm nearest`, `bldm train --store`: from a data set to a store, and what is done with it."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from bldm.data import load_images, open_images, to_float
 from bldm.store import encode_dataset
 from bldm.store.encode import fingerprint
 from bldm.training import denoiser as denoiser_training
-from bldm.training.conditions import CaptionFeatures
+from bldm.training.conditions import CaptionFeatures, caption_features
 from bldm.training.options import TrainOptions
 from PIL import Image
 from test_cli import fail, invoke
+from test_conditions import LetterCounts
 from tiny_models import tiny_model
 
 # On a machine with a GPU too: bit for bit is a promise about the CPU.
@@ -204,6 +206,55 @@ def test_nearest_says_what_is_wrong(model: Path, data: Path, store: bldm.LatentS
     bldm.PackedLatents(torch.zeros(2, 3, 1, dtype=torch.uint8), (3, 8)).save("other")
     assert "query: other holds latents of (3, 8) bits, the store of" in fail("nearest", "other", "--model", model, *CPU)
     assert "nothing" in fail("nearest", "nothing", "--model", model, *CPU)
+
+
+CAPTIONS = [["sass", "a b"], ["bbb"], ["s", "sa", "sab"]]
+
+
+@pytest.mark.parametrize("text", ["vector", "tokens"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_encode_captions(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, flip: bool) -> None:
+    """A sample for every caption, mirror images after all of them; going on after an interruption in the middle of an image."""
+    monkeypatch.setattr("bldm.training.conditions.TextEncoder", LetterCounts)
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(len(CAPTIONS)):
+        Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(f"pictures/{i}.png")
+    about = {f"{i}.png": {"captions": texts} for i, texts in enumerate(CAPTIONS)}
+    Path("pictures/captions.json").write_text(json.dumps(about))
+    autoencoder = bldm.BinaryAutoencoder(image_size=28, in_channels=3, num_bits=4, base_channels=4).eval()
+    autoencoder.save_pretrained("ae")
+    options = ("--model", "ae", "--text", text, "--shard-samples", 4, "--batch-size", 2, *CPU, *(["--flip"] if flip else []))
+    images = to_float(load_images(Path("pictures"), image_size=28).images)
+    packed = torch.cat([autoencoder.encode(x) for x in ([images, images.flip(-1)] if flip else [images])])
+    said = [caption for group in CAPTIONS for caption in group]
+    features = LetterCounts().encode(said, tokens=text == "tokens").half()
+
+    assert f"s: {len(said) * (1 + flip)} latents" in invoke("encode", "pictures", "--out", "s", *options)
+    store = bldm.LatentStore("s")
+    assert store.metadata["text_encoder"] == "all-MiniLM-L6-v2"
+    rows = torch.tensor([0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5][: len(store)])
+    assert torch.equal(store[:]["packed"], packed[rows])
+    assert torch.equal(store[:]["text"], torch.cat([features] * (1 + flip)))
+    whole = contents(Path("s"))
+    assert "were there" in invoke("encode", "pictures", "--out", "s", *options)
+
+    def interrupt(done: int) -> None:
+        if done > 4:
+            raise KeyboardInterrupt
+
+    pictures, captions = open_images(Path("pictures"), image_size=28), caption_features(CAPTIONS, tokens=text == "tokens")
+    same_options: dict[str, Any] = {"batch_size": 2, "mirrored": flip, "samples_per_shard": 4, "metadata": {"split": "train"}}
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(autoencoder, pictures, "t", captions=captions, progress=interrupt, **same_options)
+    assert "(4 were there)" in invoke("encode", "pictures", "--out", "t", *options)
+    assert contents(Path("t")) == whole
+
+    sizes = ("--width", 16, "--depth", 1, "--heads", 2, "--num-steps", 16, "--steps", 2, "--batch-size", 4)
+    invoke("train", "--autoencoder", "ae", "--store", "s", "--out", "model", *sizes)
+    trained_on_text = bldm.BinaryLatentDiffusion.from_pretrained("model")
+    assert trained_on_text.denoiser.text_width == 3 and trained_on_text.denoiser.cross_attention == (text == "tokens")
 
 
 # --- training from a store --------------------------------------------------------------------------------------------

@@ -11,10 +11,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bldm_kernels import checks
+
 from ..autoencoder import BinaryAutoencoder
 from ..bundled import bundled_model
 from ..checkpoint import CONFIG, find_folder
+from ..data import split_folder
 from ..diffusion import BinaryLatentDiffusion
+from ..training.conditions import CaptionFeatures, caption_features, features_file
 
 console = Console()
 ERRORS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError)
@@ -57,3 +61,12 @@ def load_autoencoder(path: Path | None, device: torch.device) -> BinaryAutoencod
     except (OSError, ValueError):
         whole = False  # the loader says what is wrong
     return load_model(folder, device).autoencoder if whole else BinaryAutoencoder.from_pretrained(folder, map_location=device)
+
+
+def load_captions(data: Path, split: str, captions: list[list[str]] | None, text: str) -> CaptionFeatures:
+    """Features of the captions of a split, as one "vector" or as "tokens", kept beside them."""
+    tokens = checks.option("text", text, ("vector", "tokens")) == "tokens"
+    if captions is None:
+        raise ValueError(f"text: {text!r} asked for, but {data} has no captions")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return caption_features(captions, features_file(split_folder(data, split), tokens), tokens=tokens, device=device)

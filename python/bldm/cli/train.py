@@ -8,12 +8,11 @@ import typer
 
 import bldm_kernels as bk
 
-from ..data import ImageData, load_images, split_folder
+from ..data import ImageData, load_images
 from ..generate import Share
 from ..store import LatentStore
-from ..training.conditions import CaptionFeatures, caption_features, features_file
 from ..training.options import TrainOptions
-from .common import console, one_line_errors
+from .common import console, load_captions, one_line_errors
 
 Data = Annotated[Path, typer.Argument(help="IDX folder, NPZ file or folder of images")]
 Out = Annotated[Path, typer.Option(help="Folder to write the model, checkpoints and train.json to")]
@@ -42,18 +41,6 @@ def _load(data: Path, image_size: int | None, limit: int | None) -> ImageData:
     if limit is not None:
         loaded = loaded.first(bk.checks.integer("max_train_samples", limit, 1, 2**62))
     return loaded
-
-
-def _captions(data: Path, loaded: ImageData, text: str | None) -> CaptionFeatures | None:
-    """Features of the captions, if there are any, kept beside them."""
-    if loaded.captions is None:
-        if text is not None:
-            raise ValueError(f"text: {text!r} asked for, but {data} has no captions")
-        return None
-    tokens = bk.checks.option("text", text or "vector", ("vector", "tokens")) == "tokens"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cache = features_file(split_folder(data, "train"), tokens)
-    return caption_features(loaded.captions, cache, tokens=tokens, device=device)
 
 
 def _integers(name: str, text: str) -> list[int]:
@@ -201,7 +188,8 @@ def train(
     captions = None
     if data is not None and store is None:
         loaded = _load(data, BinaryAutoencoder.from_pretrained(autoencoder).image_size, max_train_samples)
-        captions = _captions(data, loaded, text)
+        if text is not None or loaded.captions is not None:
+            captions = load_captions(data, "train", loaded.captions, text or "vector")
     elif store is not None and data is None:
         for name, given in {"max_train_samples": max_train_samples, "text": text}.items():
             if given is not None:
