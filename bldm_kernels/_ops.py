@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .canonical import as_flat, as_rows, broadcast_samples, coefficient_rows, num_bytes, outer_inner, result_dtype, split_at
+from .canonical import (
+    as_flat,
+    as_rows,
+    broadcast_samples,
+    coefficient_rows,
+    num_bytes,
+    outer_inner,
+    result_dtype,
+    split_at,
+    without_padding,
+)
 from .dispatch import select
 
 _library = torch.library.Library("bldm", "DEF")
@@ -149,7 +159,7 @@ def _run_flip_step(
         None if uncond_logits is None else as_rows(uncond_logits),
         guidance_scale,
         guidance_tensor,
-        broadcast_samples(keep_mask, x_t),
+        without_padding(broadcast_samples(keep_mask, x_t), logits.shape[-1]),  # so that padding stays 0
         broadcast_samples(keep_bits, x_t),
         nonfinite,
         as_rows(out),

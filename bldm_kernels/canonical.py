@@ -53,5 +53,12 @@ def broadcast_samples(x: Tensor | None, like: Tensor) -> Tensor | None:
     return as_rows(x if x.dim() == like.dim() else x.unsqueeze(0))
 
 
+def without_padding(x: Tensor | None, num_bits: int) -> Tensor | None:
+    """Packed bits (..., P) with zeros behind the last of num_bits, whatever was there."""
+    if x is None or num_bits % 8 == 0:
+        return x
+    return torch.cat([x[..., :-1], x[..., -1:] & ((1 << num_bits % 8) - 1)], dim=-1)
+
+
 def as_flat(x: Tensor) -> Tensor:
     return x.contiguous().view(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], 0)

@@ -98,6 +98,24 @@ def test_product_of_more_rows_than_run_at_a_time(target: Target, dtype: torch.dt
     assert_close(got, signs.T @ grad.double(), equal_nan=False)
 
 
+@pytest.mark.parametrize("one_for_all", [False, True])
+@pytest.mark.parametrize("target", TARGETS, ids=str, indirect=True)
+def test_padding_of_what_is_kept_does_not_reach_the_result(target: Target, one_for_all: bool) -> None:
+    """A mask of all ones, padding too: the result is the bits to keep, and its padding is 0 as always."""
+    kept = torch.full((2, 3, 2), 0xFF, dtype=torch.uint8, device=target.device)
+    call = {"keep_mask": kept[0], "keep_bits": kept[0]} if one_for_all else {"keep_mask": kept, "keep_bits": kept}
+    x_s = bk.flip_step(
+        torch.zeros(2, 3, 12, device=target.device),
+        torch.zeros_like(kept),
+        torch.tensor([0.0, 1.0, 1.0, 0.0], device=target.device),
+        seed=0,
+        step=0,
+        **call,
+    )
+    assert x_s[..., 0].eq(0xFF).all() and x_s[..., 1].eq(0x0F).all()
+    assert kept.eq(0xFF).all()
+
+
 @pytest.mark.parametrize("op", ["flip_probability", "flip_loss", "embed_bits", "binarize_straight_through"])
 def test_float64_runs_on_the_reference(op: str) -> None:
     """float64 needs no forced backend: the reference takes it."""

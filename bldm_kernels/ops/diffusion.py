@@ -80,7 +80,8 @@ def flip_step(
         uncond_logits: logits without the condition, like `logits`.
         guidance_scale: s; 1 is plain conditional (the reference's own guidance g is s = 1 + g). Or a one-element float32 tensor
             on the device of `logits`.
-        keep_mask, keep_bits: packed bits (B, ...) or for all samples: where the mask is 1 the result is `keep_bits`.
+        keep_mask, keep_bits: packed bits (B, ...) or for all samples: where the mask is 1 the result is `keep_bits`. What is
+            in their padding does not count.
         nonfinite: int32 tensor of one element to which the number of non-finite logits is added, without a synchronisation.
             Without it, on a CPU, non-finite logits raise FloatingPointError; on a GPU they are not looked for.
         out: uint8 output, like x_t; it may be x_t itself.
