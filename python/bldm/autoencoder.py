@@ -131,4 +131,8 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
         draw = {"seed": seed, "step": step} if self.mode == "bernoulli" else {}
         bits = bk.binarize_straight_through(logits, mode=self.mode, dim=1, **draw)  # type: ignore[arg-type]
         embedded = torch.einsum("bchw,cd->bdhw", 2 * bits - 1 if self.signed else bits, self.embedding)
-        return self.decoder(embedded), logits
+        return self.decoder[-1](self.features(embedded)), logits
+
+    def features(self, embedded: Tensor) -> Tensor:
+        """What the decoder's last convolution makes the image of, from embedded bits (B, D, h, w)."""
+        return self.decoder[:-1](embedded)

@@ -1,6 +1,7 @@
 """The autoencoder's opponent: a patch discriminator with the hinge loss and the adaptive weight of VQGAN (Esser et al. 2021)."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class Adversary:
     """
 
     def __init__(self, image_size: int, in_channels: int, options: TrainOptions, accel: Any, *, start: int, weight: float):
+        # not compiled: a compiled backward pass runs once only, and this one runs for the adaptive weight too
+        options = replace(options, compile=False)
         self.learner = Learner(PatchDiscriminator(image_size, in_channels), options, accel, betas=(0.5, 0.9))
         self.start, self.weight = start, weight
         self._seen: tuple[Tensor, Tensor] | None = None

@@ -71,9 +71,8 @@ def train_autoencoder(
         if bk.checks.real(name, value) < 0:
             raise ValueError(f"{name}: expected >= 0, got {value}")
     bk.checks.integer("gan_start", gan_start, 0, 2**62)
-    if gan_weight and (options.compile or options.fsdp):
-        taken = "compile" if options.compile else "fsdp"
-        raise ValueError(f"{taken}: not together with gan_weight, whose adaptive weight needs the last layer's gradient alone")
+    if gan_weight and options.fsdp:
+        raise ValueError("fsdp: not together with gan_weight, whose adaptive weight needs the last layer's gradient alone")
     accel = accelerator()
     torch.manual_seed(options.seed)
     model = BinaryAutoencoder(**config)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..autoencoder import BinaryAutoencoder
 from . import sharding
 from .options import TrainOptions
 from .update import FlatAdamW
@@ -133,6 +134,11 @@ class Learner:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile a model's `blocks` one by one, which takes the time of one; or the whole model if it has none."""
+    """Compile a model's `blocks` one by one, which takes the time of one; an autoencoder's two halves, but for the last
+    convolution, whose gradient alone an adversary asks for; or the whole model."""
+    if isinstance(model, BinaryAutoencoder):
+        model.encoder.compile()
+        model.features = torch.compile(model.features)  # type: ignore[method-assign]
+        return
     for block in getattr(model, "blocks", [model]):
         block.compile()
