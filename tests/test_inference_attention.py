@@ -12,7 +12,8 @@ from bldm_kernels.inference.triton import attention as kernels
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # Samples, tokens, heads, size of a head: a tile and less; a few tokens more than a power of two; keys that stream by in whole
 # blocks and not, with a tail and without.
-SHAPES = [(1, 5, 1, 32), (2, 17, 2, 32), (1, 66, 1, 32), (2, 258, 1, 64), (1, 321, 1, 64), (1, 300, 1, 128)]
+SHAPES = [(2, 1, 1, 32), (1, 5, 1, 32), (2, 17, 2, 32), (1, 66, 1, 32), (2, 65, 2, 64), (2, 257, 1, 64), (2, 258, 1, 64)]
+SHAPES += [(1, 321, 1, 64), (1, 300, 1, 128)]
 LARGE = [(2, 257, 12, 64), (8, 257, 12, 64), (64, 257, 12, 64), (1, 1025, 12, 64), (8, 257, 6, 128), (3, 4096, 2, 64)]
 
 
@@ -23,7 +24,7 @@ def _inputs(samples: int, tokens: int, heads: int, dim: int, masked: bool) -> tu
         return qkv, None
     mask = torch.rand(samples, tokens, generator=generator) < 0.6
     mask[:, tokens // 2] = True
-    mask[0, -1] = False
+    mask[0, -1] = tokens == 1
     return qkv, mask.to(DEVICE)
 
 
@@ -73,6 +74,15 @@ def test_saturates_at_448() -> None:
     for backend in ("triton", "torch"):
         with bk.use_backend(backend):
             assert attention(qkv, 1, out_scale=torch.full((1,), 1e-3, device=DEVICE)).float().eq(448).all()
+
+
+@pytest.mark.usefixtures("heads")
+def test_memory_of_any_alignment() -> None:
+    qkv, _ = _inputs(2, 65, 2, 64, False)
+    shifted = torch.empty(qkv.numel() + 1, dtype=qkv.dtype, device=DEVICE)[1:].view_as(qkv).copy_(qkv)
+    assert shifted.data_ptr() % 16
+    with bk.use_backend("triton"):
+        torch.testing.assert_close(attention(shifted, 2), attention(qkv, 2), atol=1e-2, rtol=1e-2)
 
 
 def test_other_heads_take_the_plain_path() -> None:

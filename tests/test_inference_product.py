@@ -12,6 +12,7 @@ from bldm_kernels.inference.attention import E4M3, to_e4m3
 from bldm_kernels.inference.norm import normalize
 from bldm_kernels.inference.norm import supports as norm_supports
 from bldm_kernels.inference.product import add_product, plain, prepare, product, supports
+from bldm_kernels.inference.triton import norm as norm_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(5, 48, 32), (70, 96, 64), (130, 272, 208), (257, 64, 1552), (600, 144, 128)]  # rows, N, K
@@ -64,8 +65,11 @@ def test_plain_form_is_the_modules(gelu: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("shape", [(1, 32), (7, 40), (130, 768), (1100, 272), (3, 5000)])
-def test_normalize(shape: tuple[int, int], triton_kernels: None) -> None:
+def test_normalize(shape: tuple[int, int], many: bool, triton_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if many:
+        monkeypatch.setattr(norm_kernels, "MANY_ROWS", 0)
     h, offset = inputs(*shape), torch.linspace(-2, 1, shape[1], device=DEVICE)
     assert norm_supports(h)
     expected = F.layer_norm(h.double() + offset, shape[1:])

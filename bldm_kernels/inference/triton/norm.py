@@ -1,26 +1,31 @@
-"""A row a program: read once, normalised in registers, written once."""
+"""A row or two a program: read once, normalised in registers, written once."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...backends.triton.common import next_power_of_2, on_device
+from ...backends.triton.common import ceil_div, next_power_of_2, on_device
 from .common import dependent_launch, store_scaled
+
+MANY_ROWS = 4096  # from which on two of a program that writes e4m3 still fill a GPU, and keep more reads in flight
 
 
 @triton.jit
-def rows(h, offset, out_scale, out, width, eps, BLOCK_W: tl.constexpr, PDL: tl.constexpr):
-    columns = tl.arange(0, BLOCK_W)
+def rows(h, offset, out_scale, out, num_rows, width, eps, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr):
+    columns = tl.arange(0, BLOCK_W)[None, :]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     there = columns < width
-    shift = 0.0 if offset is None else tl.load(offset + columns, there, 0.0)
+    if ROWS > 1:
+        there &= row < num_rows
+    shift = 0.0 if offset is None else tl.load(offset + columns, columns < width, 0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    at = tl.program_id(0).to(tl.int64) * width + columns
+    at = row.to(tl.int64) * width + columns
     x = tl.load(h + at, there, 0.0).to(tl.float32) + shift
-    centred = tl.where(there, x - tl.sum(x, axis=0) / width, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / width
+    centred = tl.where(there, x - tl.sum(x, axis=1)[:, None] / width, 0.0)
+    variance = tl.sum(centred * centred, axis=1)[:, None] / width
     store_scaled(out + at, centred * tl.rsqrt(variance + eps), there, out_scale)
 
 
@@ -28,5 +33,8 @@ def normalize(h: Tensor, eps: float, offset: Tensor | None, out_scale: Tensor | 
     num_rows, width = h.shape
     block_w = next_power_of_2(width)
     warps = max(1, block_w // 1024)  # one, where it can: sums need no exchange between warps
+    tile = {"ROWS": 2 if out_scale is not None and num_rows >= MANY_ROWS else 1, "BLOCK_W": block_w}
     with on_device(h):
-        rows[(num_rows,)](h, offset, out_scale, out, width, eps, BLOCK_W=block_w, num_warps=warps, **dependent_launch(pdl))
+        rows[(ceil_div(num_rows, tile["ROWS"]),)](
+            h, offset, out_scale, out, num_rows, width, eps, num_warps=warps, **tile, **dependent_launch(pdl)
+        )
