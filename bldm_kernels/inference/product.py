@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks, dispatch
+from . import cublas
 from .attention import E4M3, E4M3_MAX, check_scale, to_e4m3
 from .choice import triton_runs_on
+
+MANY_ROWS = 1024  # from which on cuBLASLt takes products in e4m3
 
 
 class Weights(NamedTuple):
@@ -77,11 +80,29 @@ def supports(x: Tensor, weights: Weights) -> bool:
 
 
 def _by_cublas(x: Tensor) -> bool:
-    """What cuBLASLt has as one call, in the epilogue of its product, it does as fast as our kernel or faster: all in bfloat16."""
+    """What cuBLASLt has as one call, in the epilogue of its product, it does as fast as our kernel or faster: in bfloat16."""
     return x.dtype == torch.bfloat16 and x.is_cuda and dispatch.forced_backend() != "triton"
 
 
-def product(x: Tensor, weights: Weights, *, gelu: bool = False, out_scale: Tensor | None = None, pdl: bool = False) -> Tensor:
+def _low_by_cublas(x: Tensor, weights: Weights, gelu: bool, bias: bool, residual: bool, out: torch.dtype) -> bool:
+    """In e4m3 it does so for many rows. For few, our kernel starts while its predecessor ends."""
+    many = x.dtype == E4M3 and x.is_cuda and len(x) >= MANY_ROWS and dispatch.forced_backend() != "triton"
+    return (
+        many
+        and cublas.available(x.device)
+        and cublas.plan_of(cublas.kind_of(x, weights.weight, gelu, bias, residual, out)) is not None
+    )
+
+
+def product(
+    x: Tensor,
+    weights: Weights,
+    *,
+    gelu: bool = False,
+    out_scale: Tensor | None = None,
+    out_inverse: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
     """A layer: (M, K) -> (M, N).
 
     Args:
@@ -89,6 +110,7 @@ def product(x: Tensor, weights: Weights, *, gelu: bool = False, out_scale: Tenso
         weights: see `prepare`.
         gelu: apply GELU, in the kernels by its tanh form (at most 5e-4 off) with the device's approximate tanh.
         out_scale: one-element float32 tensor: write e4m3, the result divided by it.
+        out_inverse: its reciprocal; if it is not at hand, it is computed where it is needed.
         pdl: as in `attention`.
 
     Returns: (M, N) in e4m3 with out_scale, else in the dtype of the bias.
@@ -97,6 +119,7 @@ def product(x: Tensor, weights: Weights, *, gelu: bool = False, out_scale: Tenso
     """
     _check(x, weights)
     check_scale(out_scale, "x", x)
+    check_scale(out_inverse, "x", x)
     if supports(x, weights):
         if out_scale is None and _by_cublas(x):
             if gelu:
@@ -105,7 +128,12 @@ def product(x: Tensor, weights: Weights, *, gelu: bool = False, out_scale: Tenso
         from .triton import product as kernels
 
         out = x.new_empty(len(x), len(weights.weight), dtype=torch.bfloat16 if out_scale is None else E4M3)
-        kernels.product(x, weights, gelu, True, None, out, out_scale, pdl)
+        if _low_by_cublas(x, weights, gelu, True, False, out.dtype):
+            if out_scale is not None and out_inverse is None:
+                out_inverse = out_scale.reciprocal()
+            cublas.product(x, weights, gelu, True, None, out, out_inverse)
+        else:
+            kernels.product(x, weights, gelu, True, None, out, out_scale, pdl)
         return out
     y = plain(x, weights, gelu)
     return y.to(weights.bias.dtype) if out_scale is None else to_e4m3(y, out_scale)
@@ -135,7 +163,10 @@ def add_product(x: Tensor, weights: Weights, h: Tensor, *, pdl: bool = False) ->
             return h.addmm_(x, weights.weight.T)
         from .triton import product as kernels
 
-        kernels.product(x, weights, False, False, h, h, None, pdl)
+        if _low_by_cublas(x, weights, False, False, True, h.dtype):
+            cublas.product(x, weights, False, False, h, h, None)
+        else:
+            kernels.product(x, weights, False, False, h, h, None, pdl)
         return h
     return h.copy_(plain(x, weights, bias=False) + h)
 

@@ -49,7 +49,7 @@ class EngineBlock(nn.Module):
             with part("cross attention"):
                 self.cross(h, kv, kv_mask, pdl)
         with part("mlp up"):
-            inner = self.expand.read(h, gelu=True, out_scale=self.contract.input_scale, pdl=pdl)
+            inner = self.expand.read(h, gelu=True, reader=self.contract, pdl=pdl)
         with part("mlp down"):
             self.contract.add(inner, h, pdl=pdl)
 

@@ -19,6 +19,7 @@ class Product(nn.Module):
     bias: Tensor
     input_scale: Tensor | None
     weight_scale: Tensor | None
+    input_inverse: Tensor | None
     offset: Tensor
 
     def __init__(
@@ -33,6 +34,7 @@ class Product(nn.Module):
         super().__init__()
         for name, value in product.prepare(linear, dtype, norm=norm, gamma=gamma, input_scale=input_scale)._asdict().items():
             self.register_buffer(name, value)
+        self.register_buffer("input_inverse", None if self.input_scale is None else self.input_scale.reciprocal())
         self.eps = 0.0 if norm is None else norm.eps
         self.register_buffer("offset", None if norm is None else torch.zeros(linear.in_features, device=self.bias.device))
 
@@ -40,10 +42,11 @@ class Product(nn.Module):
     def weights(self) -> Weights:
         return Weights(self.weight, self.bias, self.input_scale, self.weight_scale)
 
-    def read(self, h: Tensor, *, gelu: bool = False, out_scale: Tensor | None = None, pdl: bool = False) -> Tensor:
-        """Of the residual stream (M, K), behind its norm: (M, N), in e4m3 with an out_scale."""
+    def read(self, h: Tensor, *, gelu: bool = False, reader: "Product | None" = None, pdl: bool = False) -> Tensor:
+        """Of the residual stream (M, K), behind its norm: (M, N), as `reader` reads it if there is one, else in bfloat16."""
         x = norm.normalize(h, self.eps, offset=self.offset, out_scale=self.input_scale, pdl=pdl)
-        return product.product(x, self.weights, gelu=gelu, out_scale=out_scale, pdl=pdl)
+        scale = {} if reader is None else {"out_scale": reader.input_scale, "out_inverse": reader.input_inverse}
+        return product.product(x, self.weights, gelu=gelu, pdl=pdl, **scale)
 
     def add(self, x: Tensor, h: Tensor, *, pdl: bool = False) -> None:
         """Of x (M, K), added to the residual stream (M, N) in place but for the bias, which the stream has from the start."""
