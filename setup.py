@@ -30,6 +30,8 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mpopcnt -Wno-uninitialized",
 }
+ONLY_SM90A = {"layer_stack.cu"}  # warpgroup products: no other architecture has them
+SM90A = "-gencode=arch=compute_90a,code=sm_90a"
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings"
 
 
@@ -163,6 +165,7 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         host = cxx or find_cxx()
         archs = gencode(cuda_archs()) if nvcc else ""
+        has_sm90 = nvcc is not None and bool({"90", "90a"} & set(cuda_archs()))
         include = f"-I{escape(ROOT / 'csrc')}"
         python = f"-isystem {escape(pybind11.get_include())} -isystem {escape(PYTHON_INCLUDE)}"
 
@@ -172,6 +175,7 @@ class BuildNative(build_ext):
             "BLDM_X86": len(cpu_isas()) > 1,
             "BLDM_WITH_CPU": cxx is not None,
             "BLDM_WITH_CUDA": nvcc is not None,
+            "BLDM_SM90": has_sm90,
             "BLDM_NO_CPU": no_cpu,
             "BLDM_NO_CUDA": no_cuda,
             "BLDM_CUDA_ARCHS": ";".join(cuda_archs()) if nvcc else "",
@@ -186,9 +190,12 @@ class BuildNative(build_ext):
         cuda = ROOT / "csrc/cuda"
         if nvcc:  # first: the slowest
             for source in sorted(cuda.glob("*.cu")):
-                build.compile("nvcc", source, archs)
+                if source.name not in ONLY_SM90A:
+                    build.compile("nvcc", source, archs)
+                elif has_sm90:
+                    build.compile("nvcc", source, SM90A)
             for source in sorted(cuda.glob("*.cpp")):
-                build.compile("nvcc", source, python)
+                build.compile("nvcc", source, f"{python} -I.")
         build.compile("cxx", ROOT / "csrc/bindings.cpp", f"{python} -I. -O1")
         if cxx:
             cpu = ROOT / "csrc/cpu"

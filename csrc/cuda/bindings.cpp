@@ -1,5 +1,6 @@
 // Submodule `cuda`: the launchers of kernels.h; a pointer or stream arrives as an integer.
 #include "binding.h"
+#include "build_info.h"  // written by setup.py
 #include "cuda/kernels.h"
 
 void register_cuda(pybind11::module_& m) {
@@ -23,4 +24,8 @@ void register_cuda(pybind11::module_& m) {
     bind(m, "hamming_keys", cuda::hamming_keys);
     bind(m, "hamming_candidates", cuda::hamming_candidates);
     bind(m, "hamming_select", cuda::hamming_select);
+#if BLDM_SM90
+    bind(m, "layer_stack_counters", cuda::layer_stack_counters);
+    bind(m, "layer_stack", cuda::layer_stack);
+#endif
 }

@@ -23,11 +23,15 @@ class EngineBlock(nn.Module):
     def __init__(self, block: Block, dtype: torch.dtype, scales: Scales):
         super().__init__()
         self.num_heads = block.num_heads
+
+        def of_norm(name: str) -> dict[str, Tensor | None]:
+            return {"input_scale": scales.get(name), "stream_scale": scales.get(f"{name} stream")}
+
         expand, contract = cast(nn.Linear, block.mlp[0]), cast(nn.Linear, block.mlp[2])
-        self.qkv = Product(block.qkv, dtype, norm=block.norm1, input_scale=scales.get("qkv"))
+        self.qkv = Product(block.qkv, dtype, norm=block.norm1, **of_norm("qkv"))
         self.proj = Product(block.proj, dtype, gamma=block.gamma1, input_scale=scales.get("proj"))
         self.cross = None if block.cross is None else EngineCross(block, dtype, scales)
-        self.expand = Product(expand, dtype, norm=block.norm2, input_scale=scales.get("expand"))
+        self.expand = Product(expand, dtype, norm=block.norm2, **of_norm("expand"))
         self.contract = Product(contract, dtype, gamma=block.gamma2, input_scale=scales.get("contract"))
 
     def forward(self, h: Tensor, batch: int, mask: Tensor | None, kv: Tensor | None, kv_mask: Tensor | None, pdl: bool) -> None:

@@ -51,17 +51,21 @@ def calibrate(
 
 @contextmanager
 def observed(model: BinaryDenoiser) -> Iterator[list[Scales]]:
-    """The largest absolute input (1,) so far of every product of every block; without the norm's weights, which are folded in."""
+    """The largest absolute input (1,) so far of every product of every block, without the norm's weights, which are folded in;
+    and, as "... stream", that of the norms."""
     largest: list[Scales] = [{} for _ in model.blocks]
 
     def watch(module: nn.Module, seen: Scales, name: str) -> Callable[[], None]:
-        seen[name] = torch.zeros(1, device=model.positions.device)
+        def note(name: str, x: Tensor) -> None:
+            largest = x.abs().amax().reshape(1)
+            seen[name] = torch.maximum(seen.get(name, largest), largest)
 
         def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].float()
             if isinstance(module, nn.LayerNorm):
+                note(f"{name} stream", x)
                 x = F.layer_norm(x, x.shape[-1:], eps=module.eps)
-            seen[name] = torch.maximum(seen[name], x.abs().amax())
+            note(name, x)
 
         return module.register_forward_pre_hook(look).remove
 

@@ -19,6 +19,7 @@ from ..parts import part
 from .blocks import EngineBlock, Scales, set_offsets
 from .calibrate import calibrate
 from .report import Part, warn_of_fallbacks
+from .stack import BlockStack
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the residual stream
 
@@ -79,6 +80,7 @@ class DenoiserEngine(nn.Module, Conditioned):
         self.time_embedding, self.width = model.time_embedding, model.token_weight.shape[1]
         blocks = zip(model.blocks, scales, strict=True)
         self.blocks = nn.ModuleList(EngineBlock(block, self.dtype, known) for block, known in blocks)  # type: ignore
+        self.stack = BlockStack(self.blocks)  # type: ignore[arg-type]
         self.register_buffer("token_weight", model.token_weight.to(self.dtype, copy=True))
         self.register_buffer("shift", set_offsets(self.blocks))  # type: ignore[arg-type]
         self.register_buffer("positions", model.positions.float() + model.token_bias.float() + self.shift)
@@ -108,6 +110,7 @@ class DenoiserEngine(nn.Module, Conditioned):
             raise ValueError("model: expected the configuration of the model that this engine was made from")
         for name, value in mine.items():
             value.copy_(fresh[name])
+        self.stack.refresh()
 
     def report(self) -> tuple[Part, ...]:
         """What runs every part, so that a fallback to PyTorch is seen; parts of blocks that are alike are named once."""
@@ -115,7 +118,7 @@ class DenoiserEngine(nn.Module, Conditioned):
         h = torch.empty(1, self.num_positions + extra, self.width, dtype=self.dtype, device=self.positions.device)
         inside = [part for block in self.blocks for part in block.report(h.shape[1])]  # type: ignore
         parts = [Part.of("embed", (self.num_positions, self.num_bits), embed.supports(h, extra))]
-        parts += [Part(f"blocks/{name}", *rest) for name, *rest in inside]
+        parts += [*self.stack.report(h), *(Part(f"blocks/{name}", *rest) for name, *rest in inside)]
         parts.append(Part.of("head", h.shape[1:], head.supports(h, self.head)))
         return tuple(dict.fromkeys(parts))
 
@@ -164,6 +167,10 @@ class DenoiserEngine(nn.Module, Conditioned):
         h = torch.empty(rows, self.num_positions + len(extra), self.width, dtype=self.dtype, device=x_t.device)
         with part("embed"):
             embed_tokens(x_t.flatten(1, -2), self.token_weight, self.positions, extra, h, pdl=self.pdl)
+        if conditions.mask is None and self.stack.supports(h):
+            with part("all blocks"):
+                self.stack(h)
+            return h
         for i, block in enumerate(self.blocks):
             kv = conditions.kv[i] if conditions.kv else None
             with part(f"block {i}"):

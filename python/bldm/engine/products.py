@@ -12,7 +12,8 @@ from .report import Part
 class Product(nn.Module):
     """`gamma * linear(norm(h))`, prepared: arguments as of `bldm_kernels.inference.product.prepare`.
 
-    Behind a norm, `offset` float32 (N,) is what the residual stream still lacks where this product reads it, see `set_offsets`.
+    Behind a norm, `offset` float32 (N,) is what the residual stream still lacks where this product reads it, see `set_offsets`;
+    `stream_scale` is for a kernel that reads the stream itself as e4m3 (`bldm_kernels.inference.layer_stack`).
     """
 
     weight: Tensor
@@ -20,6 +21,7 @@ class Product(nn.Module):
     input_scale: Tensor | None
     weight_scale: Tensor | None
     input_inverse: Tensor | None
+    stream_scale: Tensor | None
     offset: Tensor
 
     def __init__(
@@ -30,11 +32,13 @@ class Product(nn.Module):
         norm: nn.LayerNorm | None = None,
         gamma: Tensor | None = None,
         input_scale: Tensor | None = None,
+        stream_scale: Tensor | None = None,
     ):
         super().__init__()
         for name, value in product.prepare(linear, dtype, norm=norm, gamma=gamma, input_scale=input_scale)._asdict().items():
             self.register_buffer(name, value)
         self.register_buffer("input_inverse", None if self.input_scale is None else self.input_scale.reciprocal())
+        self.register_buffer("stream_scale", stream_scale)
         self.eps = 0.0 if norm is None else norm.eps
         self.register_buffer("offset", None if norm is None else torch.zeros(linear.in_features, device=self.bias.device))
 

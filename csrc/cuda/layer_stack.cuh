@@ -1,0 +1,142 @@
+// What the parts of layer_stack.cu share: sizes, phases, which block has which piece, and where things are in memory.
+#pragma once
+
+#include "cuda/cluster.cuh"
+
+namespace bldm::cuda::stack {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kWidth = 768, kHidden = 4 * kWidth, kHeads = 12, kHeadWidth = 64;
+constexpr int kCluster = 4, kWorkers = 256, kBlockThreads = kWorkers + 64;
+constexpr int kRows = 56, kColumns = 128, kDepth = 128;  // of a piece; of k in a stage, e4m3 a byte each
+constexpr int kStageBytes = kColumns * kDepth;           // weights
+constexpr int kRing = 8;                                 // stages
+constexpr int kRowBytes = kRows * kDepth;                // rows of as many k, as the tensor cores read them
+constexpr int kBlocks = kWidth / kDepth;                 // of k
+constexpr int kQueries = 32, kKeyBlocks = 20;            // a block's; of 16 keys
+constexpr int kSlabBytes = (kQueries + 2 * 16 * kKeyBlocks) * 128;  // rows of a piece, or queries, keys and values, or sums
+constexpr int kSumStride = kColumns + 4;                 // floats a row of sums
+constexpr int kOutStride = 2 * kColumns + 16;            // bytes a row of what is written, in halves
+constexpr int kShare = kRows / kCluster;                 // rows
+constexpr int kShareBytes = kShare * kSumStride * 4;     // of sums, which another block adds up
+constexpr int kTiles = kWidth / kColumns;                // of columns of the stream: the parts of a row's moments
+constexpr int kCounterStride = 8;                        // 32 bytes each
+// A product's rows come into the first part of the slab, which then holds its sums or what it writes; the second part is for
+// the sums of other blocks, which may come while this one still multiplies.
+constexpr int kReceived = kBlocks * kRowBytes;
+static_assert(kRows * kSumStride * 4 <= kReceived && kRows * kOutStride <= kReceived);
+static_assert(kReceived + (kCluster - 1) * kShareBytes <= kSlabBytes);
+
+enum Phase { kQkv, kAttention, kProj, kUp, kDown, kPhases };
+
+struct Product {
+    int tiles, stages;  // tiles of columns; a block's stages of k
+    bool split;         // the blocks of a cluster have a quarter of k each
+    int first_byte;     // of the layer's weights
+
+    __device__ int groups() const { return split ? tiles : (tiles + kCluster - 1) / kCluster; }  // of tiles, a cluster each
+    __device__ int blocks() const { return split ? stages * kCluster : stages; }
+};
+
+constexpr int kSquare = kWidth * kWidth;
+constexpr int64_t kLayerBytes = 12 * kSquare;
+__constant__ Product kProducts[kPhases] = {{3 * kWidth / kColumns, kBlocks, false, 0},
+                                           {},
+                                           {kWidth / kColumns, kBlocks, false, 3 * kSquare},
+                                           {kHidden / kColumns, kBlocks, false, 4 * kSquare},
+                                           {kWidth / kColumns, kBlocks, true, 8 * kSquare}};
+
+// float32 values of a layer: the offsets of qkv and of the MLP's first product; of each, W 1 and the bias; and scalars.
+constexpr int kUpOffset = kWidth, kQkvVectors = 2 * kWidth, kUpVectors = kQkvVectors + 2 * 3 * kWidth,
+              kScalars = kUpVectors + 2 * kHidden, kVectors = kScalars + 8;
+// What e4m3 values are multiplied by when they are written, and what the products of them are.
+enum Scalar { kToStream, kToStreamOfUp, kOfQkv, kOfProj, kOfUp, kOfDown, kToMixed, kToInner };
+
+struct Arguments {
+    bf16* h;
+    uint8_t *stream, *qkv, *mixed, *inner;
+    float2* moments;  // of every row's tiles of columns: sum, sum of squares
+    const uint8_t* weights;
+    const float* vectors;
+    uint32_t* counters;
+    int64_t* times;
+    int rows, tokens, layers, tiles, query_tiles, heads;  // tiles of rows; those of the queries of a head; heads of all samples
+    float eps;
+
+    __device__ int items(int phase) const {
+        return phase == kAttention ? heads * query_tiles : tiles * kProducts[phase].groups();
+    }
+    __device__ const float* vectors_of(int layer) const { return vectors + int64_t(layer) * kVectors; }
+    __device__ float scalar(int layer, Scalar which) const { return __ldg(vectors_of(layer) + kScalars + which); }
+};
+
+// Counters: the blocks that have ended, and the rows of every tile that are in the stream; then for every layer pieces of qkv,
+// of the attention, and, for every tile of rows, of proj, up and down.
+__device__ __forceinline__ uint32_t* counter(const Arguments& a, int layer, int phase, int tile) {
+    const int place = phase < kProj ? phase : 2 + (phase - kProj) * a.tiles + tile;
+    return a.counters + kCounterStride * (1 + a.tiles + layer * (2 + 3 * a.tiles) + place);
+}
+
+// The piece of a block.
+struct Piece {
+    int row_tile, column_tile, first_stage;
+    bool exists;
+
+    __device__ Piece(const Product& product, int item, int rank) {
+        const int groups = product.groups(), group = item % groups;
+        row_tile = item / groups;
+        column_tile = product.split ? group : group * kCluster + rank;
+        first_stage = product.split ? rank * product.stages : 0;
+        exists = column_tile < product.tiles;
+    }
+};
+
+// Shared memory, the same in all blocks of a cluster.
+struct Shared {
+    uint8_t* ring;  // of stages of weights
+
+    __device__ uint8_t* slab() const { return ring + kRing * kStageBytes; }
+    // of rows: r times the product's scale, -m r
+    __device__ float2* scales() const { return reinterpret_cast<float2*>(slab() + kSlabBytes); }
+    // A stage of weights is there, or may be written; rows of a stage are there, their scales are; the sums of the other blocks
+    // of the cluster are; all its blocks need their slabs no more.
+    __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(scales() + kRows) + slot; }
+    __device__ uint64_t* empty(int slot) const { return full(kRing) + slot; }
+    __device__ uint64_t* rows(int stage) const { return empty(kRing) + stage; }
+    __device__ uint64_t* scaled() const { return rows(kBlocks); }
+    __device__ uint64_t* ready() const { return rows(kBlocks + 1); }
+    __device__ uint64_t* free() const { return rows(kBlocks + 2); }
+};
+
+constexpr int kBarriers = 2 * kRing + kBlocks + 3;
+constexpr int kSharedBytes = 1024 + kRing * kStageBytes + kSlabBytes + kRows * 8 + kBarriers * 8;
+
+// Where the 16-byte chunk of a row is, in a tile of rows.
+__device__ __forceinline__ uint32_t chunk_of_row(int row, int chunk) {
+    return uint32_t(chunk / 8 * kRowBytes + row * 128 + ((chunk ^ row) % 8) * 16);
+}
+
+// The same for a head's tokens, 128 bytes each.
+__device__ __forceinline__ uint32_t chunk_of_token(int token, int chunk) {
+    return uint32_t(token * 128 + (chunk ^ token % 8) * 16);
+}
+
+// Queries, keys and values of a head of all heads of all samples.
+__device__ __forceinline__ uint8_t* head_tokens(const Arguments& a, int head, int part) {
+    return a.qkv + (int64_t(head / kHeads * 3 + part) * kHeads + head % kHeads) * a.tokens * 128;
+}
+
+__device__ __forceinline__ void sync_workers() { sync_threads<kWorkers>(); }
+
+// The clock of the first block, for whoever asks where the time goes.
+__device__ __forceinline__ void mark(const Arguments& a, int layer, int phase, int event) {
+    if (a.times && blockIdx.x == 0 && threadIdx.x == 0) a.times[(layer * kPhases + phase) * 5 + event] = clock64();
+}
+
+__device__ __forceinline__ uint32_t pair(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+}  // namespace bldm::cuda::stack

@@ -1,0 +1,131 @@
+// The two warps of a block that bring what the others compute with: weights, and rows.
+#pragma once
+
+#include "cuda/layer_stack.cuh"
+
+namespace bldm::cuda::stack {
+
+// Streams all weights of this block into the ring: one thread.
+__device__ inline void stream_weights(const Arguments& a, const Shared& s) {
+    const int rank = cluster_rank(), clusters = gridDim.x / kCluster;
+    uint32_t stage = 0;
+    for (int step = 0; step < a.layers * kPhases; ++step) {
+        const int layer = step / kPhases, phase = step % kPhases;
+        if (phase == kAttention) continue;
+        const Product product = kProducts[phase];
+        for (int item = blockIdx.x / kCluster; item < a.items(phase); item += clusters) {
+            const Piece piece(product, item, rank);
+            if (!piece.exists) continue;
+            const uint8_t* from = a.weights + layer * kLayerBytes + product.first_byte +
+                                  (int64_t(piece.column_tile) * product.blocks() + piece.first_stage) * kStageBytes;
+            for (int i = 0; i < product.stages; ++i, ++stage) {
+                const uint32_t slot = stage % kRing;
+                wait_for(s.empty(slot), (stage / kRing & 1) ^ 1);
+                expect_bytes(s.full(slot), kStageBytes);
+                copy_bulk(s.ring + slot * kStageBytes, from + int64_t(i) * kStageBytes, kStageBytes, s.full(slot));
+            }
+        }
+    }
+}
+
+// Fetches what the pieces of this block read into the slab: one warp.
+struct Fetcher {
+    const Arguments& a;
+    const Shared& s;
+    uint32_t begun = 0;
+    const int rank = int(cluster_rank()), lane = threadIdx.x % 32;
+
+    __device__ Fetcher(const Arguments& a, const Shared& s) : a(a), s(s) {}
+
+    __device__ void run() {
+        for (int step = 0; step < a.layers * kPhases; ++step) {
+            const int layer = step / kPhases, phase = step % kPhases, clusters = gridDim.x / kCluster;
+            if (phase == kAttention)
+                for (int first = blockIdx.x / kCluster * kCluster; first < a.items(phase); first += clusters * kCluster)
+                    fetch_head(layer, first + rank);
+            else
+                for (int item = blockIdx.x / kCluster; item < a.items(phase); item += clusters) fetch_rows(layer, phase, item);
+        }
+    }
+
+    // What is read is there, and no block of the cluster uses a slab any more. For one thread.
+    __device__ void begin(const uint32_t* needed, uint32_t count) {
+        wait_for<true>(s.free(), (begun & 1) ^ 1);
+        fence_async_proxy();  // of what used the slabs; here it costs nothing, there is still time
+        wait_for_count(needed, count);
+        fence_async_global();
+    }
+
+    // What the rows of a phase's pieces wait for: all pieces of the phase before it, in their tile of rows or in all.
+    __device__ void begin_rows(int layer, int phase, int tile) {
+        if (phase == kQkv && layer == 0)
+            begin(a.counters + kCounterStride * (1 + tile), min(kRows, a.rows - tile * kRows));
+        else if (phase == kProj)
+            begin(counter(a, layer, kAttention, 0), a.items(kAttention));
+        else {
+            const int before = phase == kQkv ? kDown : phase - 1;
+            begin(counter(a, layer - (phase == kQkv), before, tile), kProducts[before].groups() * kCluster);
+        }
+    }
+
+    __device__ void fetch_rows(int layer, int phase, int item) {
+        const Product product = kProducts[phase];
+        const Piece piece(product, item, rank);
+        const int first_row = piece.row_tile * kRows;
+        const bool of_norm = phase == kQkv || phase == kUp;
+        if (lane == 0) {
+            begin_rows(layer, phase, piece.row_tile);
+            const uint8_t* from = phase == kProj ? a.mixed : phase == kDown ? a.inner : a.stream;
+            from += (int64_t(piece.row_tile) * product.blocks() + piece.first_stage) * kRowBytes;
+            for (int i = 0; i < product.stages; ++i) expect_bytes(s.rows(i), kRowBytes);
+            if (product.split)
+                for (int i = 0; i < product.stages; ++i)
+                    copy_bulk(s.slab() + i * kRowBytes, from + i * kRowBytes, kRowBytes, s.rows(i));
+            else  // the same rows for all blocks of the cluster, each brings a part
+                for (int i = rank; i < product.stages; i += kCluster)
+                    copy_bulk_to((1 << kCluster) - 1, s.slab() + i * kRowBytes, from + i * kRowBytes, kRowBytes, s.rows(i));
+        }
+        ++begun;
+        __syncwarp();
+        if (!of_norm) return;
+        const float of_product = a.scalar(layer, phase == kQkv ? kOfQkv : kOfUp);
+        for (int row = lane; row < kRows; row += 32)
+            if (first_row + row < a.rows) s.scales()[row] = scale_of(first_row + row, of_product);
+        __syncwarp();
+        if (lane == 0) arrive(s.scaled());
+    }
+
+    // r times the scale of the product, and -m r.
+    __device__ float2 scale_of(int row, float of_product) const {
+        const float4* from = reinterpret_cast<const float4*>(a.moments + int64_t(row) * kTiles);
+        float sum = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < kTiles / 2; ++i) {
+            const float4 two = __ldcg(from + i);
+            sum += two.x + two.z, squares += two.y + two.w;
+        }
+        const float mean = sum / kWidth, scale = rsqrtf(fmaxf(squares / kWidth - mean * mean, 0) + a.eps);
+        return make_float2(scale * of_product, -mean * scale);
+    }
+
+    // Queries and keys, then values.
+    __device__ void fetch_head(int layer, int item) {
+        if (lane == 0) {
+            begin(counter(a, layer, kQkv, 0), a.items(kQkv) * kCluster);
+            if (item < a.items(kAttention)) {
+                const int head = item / a.query_tiles, first = item % a.query_tiles * kQueries;
+                const uint32_t queries = min(kQueries, a.tokens - first) * 128, keys = a.tokens * 128;
+                uint8_t *to_keys = s.slab() + kQueries * 128, *to_values = to_keys + (a.tokens + 15) / 16 * 16 * 128;
+                expect_bytes(s.rows(0), queries + keys);
+                copy_bulk(s.slab(), head_tokens(a, head, 0) + first * 128, queries, s.rows(0));
+                copy_bulk(to_keys, head_tokens(a, head, 1), keys, s.rows(0));
+                expect_bytes(s.rows(1), keys);
+                copy_bulk(to_values, head_tokens(a, head, 2), keys, s.rows(1));
+            }
+        }
+        ++begun;
+        __syncwarp();
+    }
+};
+
+}  // namespace bldm::cuda::stack
