@@ -205,6 +205,7 @@ __global__ void __launch_bounds__(kThreads)
     constexpr int kWords = sizeof(U) < 4 ? 4 / sizeof(U) : 1, kWarpBytes = 128 * kWords;
     const uint32_t lane = threadIdx.x % 32;
     const int64_t begin = (int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32) * kWarpBytes;
+    wait_for_inputs();
     if (begin + kWarpBytes > bytes) {  // the last bytes, one by one
         for (int64_t i = begin + lane; i < bytes; i += 32)
 #pragma unroll
@@ -303,8 +304,8 @@ void unpack_bits(const uint8_t* packed, int64_t outer, int64_t channels, int64_t
         if (channels % 8 == 0 && inner == 1 && aligned(out, 16)) {
             const int64_t threads = ceil_div<int64_t>(bytes, sizeof(U) < 4 ? 16 / sizeof(U) : 4);
             with_flag(aligned(packed, 4), [&](auto words) {
-                unpack_flat<U, words.value><<<unsigned(ceil_div<int64_t>(threads, kThreads)), kThreads, 0, stream>>>(
-                    packed, one, bytes, to);
+                const unsigned blocks = unsigned(ceil_div<int64_t>(threads, kThreads));
+                launch_early(unpack_flat<U, words.value>, blocks, kThreads, device, stream, packed, one, bytes, to);
             });
         } else if (inner > 1 && inner % kVector<U> == 0 && aligned(out, 16)) {
             const ItemColumns<U> columns(outer, channels, inner);
