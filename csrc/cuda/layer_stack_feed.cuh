@@ -73,6 +73,7 @@ struct Fetcher {
         const Piece piece(product, item, rank);
         const int first_row = piece.row_tile * kRows;
         const bool of_norm = phase == kQkv || phase == kUp;
+        const float of_product = load_early(a.vectors_of(layer) + kScalars + (phase == kQkv ? kOfQkv : kOfUp));
         if (lane == 0) {
             begin_rows(layer, phase, piece.row_tile);
             const uint8_t* from = phase == kProj ? a.mixed : phase == kDown ? a.inner : a.stream;
@@ -88,9 +89,12 @@ struct Fetcher {
         ++begun;
         __syncwarp();
         if (!of_norm) return;
-        const float of_product = a.scalar(layer, phase == kQkv ? kOfQkv : kOfUp);
-        for (int row = lane; row < kRows; row += 32)
-            if (first_row + row < a.rows) s.scales()[row] = scale_of(first_row + row, of_product);
+        float2 scales[2];  // at once: their loads take long
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scales[i] = scale_of(min(first_row + lane + 32 * i, a.rows - 1), of_product);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (lane + 32 * i < kRows) s.scales()[lane + 32 * i] = scales[i];
         __syncwarp();
         if (lane == 0) arrive(s.scaled());
     }

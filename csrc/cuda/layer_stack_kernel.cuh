@@ -117,19 +117,18 @@ __device__ inline void multiply(Worker& w, const Product& product, bool exists, 
         for (int k = 0; k < kDepth / 32; ++k)
             multiply_64x56(sum, weights + (slot * kStageBytes >> 4) + 2 * k, rows + (i * kRowBytes >> 4) + 2 * k);
         commit_products();
-        wait_products<1>();
-        if (i > 0 && w.lane == 0) arrive(s.empty((w.stage - 1) % kRing));
         ++w.stage;
     }
     wait_products<0>();
-    if (exists && w.lane == 0) arrive(s.empty((w.stage - 1) % kRing));
+    // not before: the next weights would hold up the rows that are still coming
+    if (exists && w.lane < product.stages) arrive(s.empty((w.stage - 1 - w.lane) % kRing));
 }
 
 // qkv, and the first product of the MLP with its GELU: norm, bias, and out through the slab.
-__device__ inline void write(const Worker& w, int layer, int phase, const Piece& piece, const float (&sum)[28], const float (&by)[2][2]) {
+__device__ inline void write(const Worker& w, int phase, const Piece& piece, const float (&sum)[28], const float (&by)[2][2],
+                             float inverse) {
     const Arguments& a = w.a;
     const int t = w.lane % 4, first_row = piece.row_tile * kRows;
-    const float inverse = phase == kUp ? a.scalar(layer, kToInner) : 1;
     uint32_t out[14];
 #pragma unroll
     for (int j = 0; j < 7; ++j) {
@@ -164,7 +163,7 @@ __device__ inline void write(const Worker& w, int layer, int phase, const Piece&
         const int in_tile = i * 16 + w.tid / 16, row = first_row + in_tile;
         if (in_tile >= kRows || row >= a.rows) continue;
         if (phase == kQkv) {
-            const int sample = row / a.tokens, head = piece.column_tile % kTiles * 2 + chunk / 8;
+            const int sample = a.heads == kHeads ? 0 : row / a.tokens, head = piece.column_tile % kTiles * 2 + chunk / 8;
             uint8_t* tokens = head_tokens(a, sample * kHeads + head, piece.column_tile / kTiles);
             *reinterpret_cast<uint4*>(tokens + chunk_of_token(row - sample * a.tokens, chunk % 8)) = x[i];
         } else {
@@ -193,8 +192,9 @@ __device__ inline void read_stream(Worker& w, int layer, int phase, int item) {
     const Arguments& a = w.a;
     const Product product = kProducts[phase];
     const Piece piece(product, item, w.rank);
-    float by[2][2] = {};  // of two columns: W 1, the bias
+    float by[2][2] = {}, inverse = 1;  // of two columns: W 1, the bias
     if (piece.exists) {
+        inverse = load_early(a.vectors_of(layer) + kScalars + kToInner);
         const float* from = a.vectors_of(layer) + (phase == kQkv ? kQkvVectors : kUpVectors) + piece.column_tile * kColumns +
                             16 * w.warp + w.lane / 4;
 #pragma unroll
@@ -209,7 +209,7 @@ __device__ inline void read_stream(Worker& w, int layer, int phase, int item) {
     mark(a, layer, phase, 2);
     wait_for(w.s.scaled(), w.scaled++ & 1);
     sync_workers();  // all products have read the slab
-    if (piece.exists) write(w, layer, phase, piece, sum, by);
+    if (piece.exists) write(w, phase, piece, sum, by, inverse);
 }
 
 // The products that add to the stream: all of k in a block, or a quarter of it, and then a quarter of the rows.
