@@ -73,7 +73,13 @@ def test_two_processes_share_one_model(tmp_path: Path) -> None:
     train_autoencoder(CONFIG, pictures(), options(steps=1), tmp_path / "source")
     (tmp_path / "job.py").write_text(JOB)
     paths = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
-    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "job.py"]
     done = subprocess.run(
         [*command, str(tmp_path / "source"), str(tmp_path)],

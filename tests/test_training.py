@@ -310,7 +310,13 @@ torch.save({"model": model.state_dict(), "rows": rows}, out / f"rank{rank}.pt")
 def test_two_processes_train_one_model(autoencoder: Path, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
-    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "job.py"]
     done = subprocess.run(
         [*command, str(autoencoder), str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
