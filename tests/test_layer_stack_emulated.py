@@ -68,9 +68,9 @@ def test_every_phase_against_float64(emulated: ctypes.CDLL, batch: int, tokens: 
     h = torch.randn(rows, WIDTH).bfloat16()
     run = Run(emulated, LayerStack([layer], 1e-5), h, tokens, blocks, seed=0)
     assert run.error == "" and run.counters.eq(0).all()
-    qkv = run.qkv.flatten().view(torch.bfloat16)[: rows * 3 * WIDTH].view(batch, 3, HEADS, tokens, 8, 8)
-    token, place = torch.arange(tokens)[:, None], torch.arange(8)
-    q, k, v = qkv[:, :, :, token, place ^ token % 8].flatten(-2).double().unbind(1)
+    qkv = run.qkv.flatten().view(torch.bfloat16)[: rows * 3 * WIDTH].view(3, HEADS, rows, 8, 8)
+    row, place = torch.arange(rows)[:, None], torch.arange(8)
+    q, k, v = qkv[:, :, row, place ^ row % 8].flatten(-2).double().unflatten(2, (batch, tokens)).transpose(1, 2)
     together = torch.stack([q, k, v], 1).permute(0, 3, 1, 2, 4).reshape(rows, -1)
     assert error(together, norm_behind(h.double(), layer.qkv, layer.qkv_offset.double(), layer.qkv_stream, 1e-5)) < 3e-3
     assert layer.proj.input_scale is not None and layer.down.input_scale is not None

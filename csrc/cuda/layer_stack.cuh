@@ -15,18 +15,17 @@ constexpr int kRing = 8;                                 // stages
 constexpr int kRowBytes = kRows * kDepth;                // rows of as many k, as the tensor cores read them
 constexpr int kBlocks = kWidth / kDepth;                 // of k
 constexpr int kQueries = 32, kKeyBlocks = 20;            // a block's; of 16 keys
-constexpr int kSlabBytes = (kQueries + 2 * 16 * kKeyBlocks) * 128;  // rows of a piece, or queries, keys and values, or sums
 constexpr int kSumStride = kColumns + 4;                 // floats a row of sums
 constexpr int kOutStride = 2 * kColumns + 16;            // bytes a row of what is written, in halves
 constexpr int kShare = kRows / kCluster;                 // rows
 constexpr int kShareBytes = kShare * kSumStride * 4;     // of sums, which another block adds up
 constexpr int kTiles = kWidth / kColumns;                // of columns of the stream: the parts of a row's moments
 constexpr int kCounterStride = 8;                        // 32 bytes each
-// A product's rows come into the first part of the slab, which then holds its sums or what it writes; the second part is for
-// the sums of other blocks, which may come while this one still multiplies.
-constexpr int kReceived = kBlocks * kRowBytes;
-static_assert(kRows * kSumStride * 4 <= kReceived && kRows * kOutStride <= kReceived);
-static_assert(kReceived + (kCluster - 1) * kShareBytes <= kSlabBytes);
+// The slab: a product's rows, the sums of other blocks, which may come while this one still multiplies, and its own sums or
+// what it writes; or queries, keys and values, and then the attention's sums.
+constexpr int kReceived = kBlocks * kRowBytes, kOwn = kReceived + (kCluster - 1) * kShareBytes;
+constexpr int kSlabBytes = kOwn + kRows * kSumStride * 4;
+static_assert(kRows * kOutStride <= kRows * kSumStride * 4 && (kQueries + 2 * 16 * kKeyBlocks) * 128 <= kSlabBytes);
 
 enum Phase { kQkv, kAttention, kProj, kUp, kDown, kPhases };
 
@@ -68,7 +67,7 @@ struct Arguments {
         return phase == kAttention ? heads * query_tiles : tiles * kProducts[phase].groups();
     }
     __device__ const float* vectors_of(int layer) const { return vectors + int64_t(layer) * kVectors; }
-    __device__ float scalar(int layer, Scalar which) const { return __ldg(vectors_of(layer) + kScalars + which); }
+    __device__ const float* scalars(int layer) const { return vectors_of(layer) + kScalars; }
 };
 
 // Counters: the blocks that have ended, and the rows of every tile that are in the stream; then for every layer pieces of qkv,
@@ -114,17 +113,17 @@ constexpr int kSharedBytes = 1024 + kRing * kStageBytes + kSlabBytes + kRows * 8
 
 // Where the 16-byte chunk of a row is, in a tile of rows.
 __device__ __forceinline__ uint32_t chunk_of_row(int row, int chunk) {
-    return uint32_t(chunk / 8 * kRowBytes + row * 128 + ((chunk ^ row) % 8) * 16);
+    return uint32_t(chunk) / 8 * kRowBytes + row * 128 + uint32_t(chunk ^ row) % 8 * 16;
 }
 
-// The same for a head's tokens, 128 bytes each.
-__device__ __forceinline__ uint32_t chunk_of_token(int token, int chunk) {
-    return uint32_t(token * 128 + (chunk ^ token % 8) * 16);
+// The same for queries, keys or values of a head, 128 bytes a row; `from` is the row that the address is to count from.
+__device__ __forceinline__ uint32_t chunk_of_token(int token, int chunk, int from) {
+    return token * 128 + (uint32_t(chunk) ^ uint32_t(from + token) % 8) * 16;
 }
 
-// Queries, keys and values of a head of all heads of all samples.
-__device__ __forceinline__ uint8_t* head_tokens(const Arguments& a, int head, int part) {
-    return a.qkv + (int64_t(head / kHeads * 3 + part) * kHeads + head % kHeads) * a.tokens * 128;
+// Queries, keys or values of a head in the order of the rows.
+__device__ __forceinline__ uint8_t* head_rows(const Arguments& a, int head, int part, int row) {
+    return a.qkv + (int64_t(part * kHeads + head) * a.rows + row) * 128;
 }
 
 __device__ __forceinline__ void sync_workers() { sync_threads<kWorkers>(); }

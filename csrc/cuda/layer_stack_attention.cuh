@@ -12,16 +12,19 @@ __device__ inline void attend(Worker& w, int layer, int head, int first_query) {
     const int tid = w.tid, warp = w.warp, lane = w.lane;
     constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(64), for powers of 2
     constexpr int kStride = kHeadWidth + 4, kMost = kKeyBlocks / 4;
+    constexpr float kNoScore = -1e30f;
     const int blocks = (a.tokens + 15) / 16;
     uint8_t* end_of_values = s.slab() + (kQueries + blocks * 16) * 128 + a.tokens * 128;
     const uint32_t queries = shared_address(s.slab()), keys = queries + kQueries * 128, values = keys + blocks * 16 * 128;
+    const int first_row = head / kHeads * a.tokens;
     const int part = warp % 2, split = warp / 2, g = lane / 4, t = lane % 4;
+    const float to_mixed = load_early(a.scalars(layer) + kToMixed);
     w.wait_for_rows(0);
     mark(a, layer, kAttention, 1);
     if (tid < (blocks * 16 - a.tokens) * 8) reinterpret_cast<uint4*>(end_of_values)[tid] = make_uint4(0, 0, 0, 0);
     uint32_t q[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrices(q[k], queries + chunk_of_token(part * 16 + lane % 16, 2 * k + lane / 16));
+    for (int k = 0; k < 4; ++k) load_matrices(q[k], queries + chunk_of_token(part * 16 + lane % 16, 2 * k + lane / 16, first_row));
     float score[kMost][2][4];
     float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, out[8][4] = {};
 #pragma unroll
@@ -31,14 +34,13 @@ __device__ inline void attend(Worker& w, int layer, int head, int first_query) {
         for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int j = 0; j < 4; ++j) score[i][n][j] = 0;
-        if (block < blocks) {
+        // also of a block that is none, whose scores are hidden: without a branch all blocks are worked on at once
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                uint32_t key[4];
-                load_matrices(key, keys + chunk_of_token(block * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-                mma<bf16>(score[i][0], q[k], key[0], key[1], score[i][0]);
-                mma<bf16>(score[i][1], q[k], key[2], key[3], score[i][1]);
-            }
+        for (int k = 0; k < 4; ++k) {
+            uint32_t key[4];
+            load_matrices(key, keys + chunk_of_token(block * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2, first_row));
+            mma<bf16>(score[i][0], q[k], key[0], key[1], score[i][0]);
+            mma<bf16>(score[i][1], q[k], key[2], key[3], score[i][1]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n)
@@ -53,24 +55,24 @@ __device__ inline void attend(Worker& w, int layer, int head, int first_query) {
     for (int r = 0; r < 2; ++r) {
         most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
         most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+        if (most[r] == -INFINITY) most[r] = kNoScore;  // of a warp without keys: its weights are 0
     }
     w.wait_for_rows(1);
     sync_workers();  // the zeros behind the values are there
     mark(a, layer, kAttention, 2);
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-        const int block = split + 4 * i;
-        if (block >= blocks) break;  // a block has a key, so most is finite
+        const int block = min(split + 4 * i, blocks - 1);  // one that is none has weights of 0
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) total[j / 2] += score[i][n][j] = exp2f(score[i][n][j] - most[j / 2]);
+            for (int j = 0; j < 4; ++j) total[j / 2] += score[i][n][j] = exp2_fast(score[i][n][j] - most[j / 2]);
         const uint32_t weights[4] = {pair(score[i][0][0], score[i][0][1]), pair(score[i][0][2], score[i][0][3]),
                                      pair(score[i][1][0], score[i][1][1]), pair(score[i][1][2], score[i][1][3])};
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             uint32_t value[4];
-            load_transposed(value, values + chunk_of_token(block * 16 + lane % 16, 2 * n + lane / 16));
+            load_transposed(value, values + chunk_of_token(block * 16 + lane % 16, 2 * n + lane / 16, first_row));
             mma<bf16>(out[2 * n], weights, value[0], value[1], out[2 * n]);
             mma<bf16>(out[2 * n + 1], weights, value[2], value[3], out[2 * n + 1]);
         }
@@ -101,13 +103,13 @@ __device__ inline void attend(Worker& w, int layer, int head, int first_query) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const float* split_from = from + k * 32 * kStride;
-            const float weight = exp2f(split_from[kHeadWidth] - highest);
+            const float weight = exp2_fast(split_from[kHeadWidth] - highest);
             const float4 y = *reinterpret_cast<const float4*>(split_from + column);
             sum += weight * split_from[kHeadWidth + 1];
             x.x += weight * y.x, x.y += weight * y.y, x.z += weight * y.z, x.w += weight * y.w;
         }
-        const float scale = a.scalar(layer, kToMixed) / sum;
-        const int row = head / kHeads * a.tokens + first_query + query, in_row = head % kHeads * kHeadWidth + column;
+        const float scale = __fdividef(to_mixed, sum);
+        const int row = first_row + first_query + query, in_row = head % kHeads * kHeadWidth + column;
         uint8_t* to = a.mixed + int64_t(row / kRows) * kBlocks * kRowBytes + chunk_of_row(row % kRows, in_row / 16) + in_row % 16;
         *reinterpret_cast<uint32_t*>(to) = e4m3_of(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
     }

@@ -73,7 +73,7 @@ struct Fetcher {
         const Piece piece(product, item, rank);
         const int first_row = piece.row_tile * kRows;
         const bool of_norm = phase == kQkv || phase == kUp;
-        const float of_product = load_early(a.vectors_of(layer) + kScalars + (phase == kQkv ? kOfQkv : kOfUp));
+        const float of_product = load_early(a.scalars(layer) + (phase == kQkv ? kOfQkv : kOfUp));
         if (lane == 0) {
             begin_rows(layer, phase, piece.row_tile);
             const uint8_t* from = phase == kProj ? a.mixed : phase == kDown ? a.inner : a.stream;
@@ -117,14 +117,15 @@ struct Fetcher {
         if (lane == 0) {
             begin(counter(a, layer, kQkv, 0), a.items(kQkv) * kCluster);
             if (item < a.items(kAttention)) {
-                const int head = item / a.query_tiles, first = item % a.query_tiles * kQueries;
+                const int of_all = item / a.query_tiles, first = item % a.query_tiles * kQueries;
+                const int head = of_all % kHeads, row = of_all / kHeads * a.tokens;
                 const uint32_t queries = min(kQueries, a.tokens - first) * 128, keys = a.tokens * 128;
                 uint8_t *to_keys = s.slab() + kQueries * 128, *to_values = to_keys + (a.tokens + 15) / 16 * 16 * 128;
                 expect_bytes(s.rows(0), queries + keys);
-                copy_bulk(s.slab(), head_tokens(a, head, 0) + first * 128, queries, s.rows(0));
-                copy_bulk(to_keys, head_tokens(a, head, 1), keys, s.rows(0));
+                copy_bulk(s.slab(), head_rows(a, head, 0, row + first), queries, s.rows(0));
+                copy_bulk(to_keys, head_rows(a, head, 1, row), keys, s.rows(0));
                 expect_bytes(s.rows(1), keys);
-                copy_bulk(to_values, head_tokens(a, head, 2), keys, s.rows(1));
+                copy_bulk(to_values, head_rows(a, head, 2, row), keys, s.rows(1));
             }
         }
         ++begun;

@@ -18,9 +18,10 @@
 
 namespace bldm::cuda::stack {
 
-// By its tanh form, as a logistic function.
+// By its tanh form.
 __device__ __forceinline__ float gelu(float x) {
-    return __fdividef(x, 1 + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
+    const float half = 0.5f * x;
+    return half + half * tanh_fast(x * (0.7978845608f + 0.0356774081f * x * x));
 }
 
 // bfloat16 plus float32
@@ -34,7 +35,7 @@ __device__ __forceinline__ float squares_of(float4 x) { return x.x * x.x + x.y *
 
 // The rows of h into the stream, in e4m3 and the layout of products: a warp each.
 __device__ inline void enter(const Arguments& a, const Worker& w) {
-    const float inverse = a.scalar(0, kToStream);
+    const float inverse = __ldg(a.scalars(0) + kToStream);
     for (int row = blockIdx.x * (kWorkers / 32) + w.warp; row < a.rows; row += gridDim.x * (kWorkers / 32)) {
         const int tile = row / kRows;
         float moments[2 * kTiles + 4] = {};
@@ -65,12 +66,12 @@ struct Addition {
 
     __device__ int row(int i) const { return first + i * 8 + w.warp; }  // in the tile
     __device__ bool there(int i) const { return i * 8 + w.warp < rows && first_row + row(i) < a.rows; }
-    __device__ bf16* place(int i) const { return a.h + int64_t(first_row + row(i)) * kWidth + column; }
+    __device__ bf16* places() const { return a.h + int64_t(first_row + row(0)) * kWidth + column; }  // 8 rows apart
 
     __device__ inline void load() {
 #pragma unroll
         for (int i = 0; i < kPasses; ++i)
-            old[i] = there(i) ? __ldcg(reinterpret_cast<const uint2*>(place(i))) : make_uint2(0, 0);
+            old[i] = there(i) ? __ldcg(reinterpret_cast<const uint2*>(places() + i * 8 * kWidth)) : make_uint2(0, 0);
     }
 
     // In bfloat16; and in e4m3 for the next product, with its offset and the moments for its norm, unless there is none.
@@ -78,20 +79,24 @@ struct Addition {
         constexpr int kMoments = kPasses > 2 ? 16 : 4;
         static_assert(2 * kPasses <= kMoments);
         float moments[kMoments] = {};
-        uint8_t* tile = a.stream + int64_t(first_row / kRows) * kBlocks * kRowBytes;
+        uint2 out[kPasses];
+        uint32_t low[kPasses];
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
             float4 x = sums[i];
             x = add(old[i], make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale));
-            const uint2 out = make_uint2(pair(x.x, x.y), pair(x.z, x.w));
-            x = add(out, offset);
-            if (there(i)) {
-                *reinterpret_cast<uint2*>(place(i)) = out;
-                if (!last)
-                    *reinterpret_cast<uint32_t*>(tile + chunk_of_row(row(i), column / 16) + column % 16) =
-                        e4m3_of(x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse);
-            }
+            out[i] = make_uint2(pair(x.x, x.y), pair(x.z, x.w));
+            x = add(out[i], offset);
+            low[i] = e4m3_of(x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse);
             moments[2 * i] = sum_of(x), moments[2 * i + 1] = squares_of(x);
+        }
+        bf16* to = places();
+        uint8_t* stream = a.stream + int64_t(first_row / kRows) * kBlocks * kRowBytes +
+                          chunk_of_row(row(0), column / 16) + column % 16;
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i) {
+            if (there(i)) *reinterpret_cast<uint2*>(to + i * 8 * kWidth) = out[i];
+            if (there(i) && !last) *reinterpret_cast<uint32_t*>(stream + i * 8 * 128) = low[i];
         }
         if (last) return;
         add_over_lanes(moments, w.lane);
@@ -125,8 +130,8 @@ __device__ inline void multiply(Worker& w, const Product& product, bool exists, 
 }
 
 // qkv, and the first product of the MLP with its GELU: norm, bias, and out through the slab.
-__device__ inline void write(const Worker& w, int phase, const Piece& piece, const float (&sum)[28], const float (&by)[2][2],
-                             float inverse) {
+template <Phase kPhase>
+__device__ inline void write(const Worker& w, const Piece& piece, const float (&sum)[28], const float (&by)[2][2], float inverse) {
     const Arguments& a = w.a;
     const int t = w.lane % 4, first_row = piece.row_tile * kRows;
     uint32_t out[14];
@@ -137,7 +142,7 @@ __device__ inline void write(const Worker& w, int phase, const Piece& piece, con
         for (int half = 0; half < 2; ++half) {
             const float x = two.x * sum[4 * j + 2 * half] + (two.y * by[half][0] + by[half][1]);
             const float y = two.z * sum[4 * j + 2 * half + 1] + (two.w * by[half][0] + by[half][1]);
-            if (phase == kQkv) {
+            if constexpr (kPhase == kQkv) {
                 out[2 * j + half] = pair(x, y);
             } else {
                 const __half2 both = __floats2half2_rn(gelu(x) * inverse, gelu(y) * inverse);
@@ -146,8 +151,8 @@ __device__ inline void write(const Worker& w, int phase, const Piece& piece, con
         }
     }
     // to rows of 16-byte chunks, of 8 columns each
-    const uint32_t slab = shared_address(w.s.slab());
-    const uint32_t to = slab + (w.lane / 16 * 8 + w.lane % 8) * kOutStride + (2 * w.warp + w.lane / 8 % 2) * 16;
+    const uint32_t own = shared_address(w.s.slab() + kOwn);
+    const uint32_t to = own + (w.lane / 16 * 8 + w.lane % 8) * kOutStride + (2 * w.warp + w.lane / 8 % 2) * 16;
 #pragma unroll
     for (int j = 0; j < 6; j += 2)
         store_transposed(to + 8 * j * kOutStride, out[2 * j], out[2 * j + 1], out[2 * j + 2], out[2 * j + 3]);
@@ -157,15 +162,14 @@ __device__ inline void write(const Worker& w, int phase, const Piece& piece, con
     uint4 x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        if (i < 3 || w.tid < 128) x[i] = load_chunk(slab + (i * 16 + w.tid / 16) * kOutStride + chunk * 16);
+        if (i < 3 || w.tid < 128) x[i] = load_chunk(own + (i * 16 + w.tid / 16) * kOutStride + chunk * 16);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int in_tile = i * 16 + w.tid / 16, row = first_row + in_tile;
         if (in_tile >= kRows || row >= a.rows) continue;
-        if (phase == kQkv) {
-            const int sample = a.heads == kHeads ? 0 : row / a.tokens, head = piece.column_tile % kTiles * 2 + chunk / 8;
-            uint8_t* tokens = head_tokens(a, sample * kHeads + head, piece.column_tile / kTiles);
-            *reinterpret_cast<uint4*>(tokens + chunk_of_token(row - sample * a.tokens, chunk % 8)) = x[i];
+        if constexpr (kPhase == kQkv) {
+            uint8_t* rows = head_rows(a, piece.column_tile % kTiles * 2 + chunk / 8, piece.column_tile / kTiles, 0);
+            *reinterpret_cast<uint4*>(rows + chunk_of_token(row, chunk % 8, 0)) = x[i];
         } else {
             uint8_t* tile = a.inner + (int64_t(piece.row_tile) * (kHidden / kDepth) + piece.column_tile) * kRowBytes;
             *reinterpret_cast<uint2*>(tile + chunk_of_row(in_tile, chunk / 2) + chunk % 2 * 8) =
@@ -176,7 +180,7 @@ __device__ inline void write(const Worker& w, int phase, const Piece& piece, con
 
 // As float32 [row][column].
 __device__ inline void put_sums(const Worker& w, const float (&sum)[28]) {
-    float* sums = reinterpret_cast<float*>(w.s.slab()) + 16 * w.warp + w.lane / 4;
+    float* sums = reinterpret_cast<float*>(w.s.slab() + kOwn) + 16 * w.warp + w.lane / 4;
 #pragma unroll
     for (int i = 0; i < 28; ++i)
         sums[(8 * (i / 4) + 2 * (w.lane % 4) + i % 2) * kSumStride + 8 * (i / 2 % 2)] = sum[i];
@@ -188,13 +192,12 @@ __device__ inline uint8_t* received(const Shared& s, int from, int to) {
 }
 
 // qkv and the MLP's first product.
-__device__ inline void read_stream(Worker& w, int layer, int phase, int item) {
+__device__ inline void read_stream(Worker& w, int layer, int phase, const Piece& piece) {
     const Arguments& a = w.a;
     const Product product = kProducts[phase];
-    const Piece piece(product, item, w.rank);
     float by[2][2] = {}, inverse = 1;  // of two columns: W 1, the bias
     if (piece.exists) {
-        inverse = load_early(a.vectors_of(layer) + kScalars + kToInner);
+        inverse = load_early(a.scalars(layer) + kToInner);
         const float* from = a.vectors_of(layer) + (phase == kQkv ? kQkvVectors : kUpVectors) + piece.column_tile * kColumns +
                             16 * w.warp + w.lane / 4;
 #pragma unroll
@@ -208,39 +211,40 @@ __device__ inline void read_stream(Worker& w, int layer, int phase, int item) {
     multiply(w, product, piece.exists, sum);
     mark(a, layer, phase, 2);
     wait_for(w.s.scaled(), w.scaled++ & 1);
-    sync_workers();  // all products have read the slab
-    if (piece.exists) write(w, phase, piece, sum, by, inverse);
+    if (!piece.exists) return;
+    if (phase == kQkv)
+        write<kQkv>(w, piece, sum, by, inverse);
+    else
+        write<kUp>(w, piece, sum, by, inverse);
 }
 
 // The products that add to the stream: all of k in a block, or a quarter of it, and then a quarter of the rows.
 template <bool kSplit>
-__device__ inline void add_to_stream(Worker& w, int layer, int phase, int item) {
+__device__ inline void add_to_stream(Worker& w, int layer, int phase, const Piece& piece) {
     constexpr int kPasses = kSplit ? (kShare + 7) / 8 : kRows / 8, kParts = kSplit ? kCluster : 1;
     const Arguments& a = w.a;
     const Product product = kProducts[phase];
-    const Piece piece(product, item, w.rank);
     const bool last = phase == kDown && layer + 1 == a.layers;
     const int next = layer + (phase == kDown && !last);
     const int column = piece.column_tile * kColumns + 4 * w.lane;
     Addition<kPasses> to{a, w, piece.row_tile * kRows, kSplit ? w.rank * kShare : 0, kSplit ? kShare : kRows, column};
     float4 offset = {};
     if (piece.exists) offset = load_four_early(a.vectors_of(next) + (phase == kProj ? kUpOffset : 0) + column);
-    const float scale = a.scalar(layer, phase == kProj ? kOfProj : kOfDown);
-    const float inverse = a.scalar(next, phase == kProj ? kToStreamOfUp : kToStream);
+    const float scale = load_early(a.scalars(layer) + (phase == kProj ? kOfProj : kOfDown));
+    const float inverse = load_early(a.scalars(next) + (phase == kProj ? kToStreamOfUp : kToStream));
     float sum[28] = {};
     w.wait_for_rows(0);
     mark(a, layer, phase, 1);
     if (piece.exists) to.load();
     multiply(w, product, piece.exists, sum);
     mark(a, layer, phase, 2);
-    sync_workers();  // all products have read the slab
     if (!piece.exists) return;
     put_sums(w, sum);
     if constexpr (kSplit) fence_async_shared();
     sync_workers();
     if constexpr (kSplit) {  // to every block what it adds up
         if (w.tid < kCluster && w.tid != w.rank)
-            copy_to_block(w.tid, received(w.s, w.rank, w.tid), w.s.slab() + w.tid * kShareBytes, kShareBytes, w.s.ready());
+            copy_to_block(w.tid, received(w.s, w.rank, w.tid), w.s.slab() + kOwn + w.tid * kShareBytes, kShareBytes, w.s.ready());
         if (w.tid == 0) expect_bytes(w.s.ready(), (kCluster - 1) * kShareBytes);
         wait_for(w.s.ready(), w.readied++ & 1);
     }
@@ -249,7 +253,7 @@ __device__ inline void add_to_stream(Worker& w, int layer, int phase, int item) 
     for (int i = 0; i < kPasses; ++i)
 #pragma unroll
         for (int r = 0; r < kParts; ++r) {
-            const uint8_t* from = !kSplit || r == w.rank ? w.s.slab() + to.first * kSumStride * 4 : received(w.s, r, w.rank);
+            const uint8_t* from = !kSplit || r == w.rank ? w.s.slab() + kOwn + to.first * kSumStride * 4 : received(w.s, r, w.rank);
             part[i][r] = load_four(shared_address(from) + ((to.row(i) - to.first) * kSumStride + 4 * w.lane) * 4);
         }
     float4 added[kPasses];
@@ -272,20 +276,22 @@ __device__ inline void compute(Worker& w) {
         const int layer = step / kPhases, phase = step % kPhases;
         for (int item = w.cluster; item * (phase == kAttention ? kCluster : 1) < a.items(phase); item += w.clusters) {
             mark(a, layer, phase, 0);
-            uint32_t* made;
+            uint32_t* made = nullptr;
             if (phase == kAttention) {
                 const int mine = item * kCluster + w.rank;
-                const bool exists = mine < a.items(phase);
-                if (exists) attend(w, layer, mine / a.query_tiles, mine % a.query_tiles * kQueries);
-                made = exists ? counter(a, layer, phase, 0) : nullptr;
+                if (mine < a.items(phase)) {
+                    made = counter(a, layer, phase, 0);
+                    attend(w, layer, mine / a.query_tiles, mine % a.query_tiles * kQueries);
+                }
             } else {
+                const Piece piece(kProducts[phase], item, w.rank);
+                made = counter(a, layer, phase, piece.row_tile);
                 if (phase == kProj)
-                    add_to_stream<false>(w, layer, phase, item);
+                    add_to_stream<false>(w, layer, phase, piece);
                 else if (phase == kDown)
-                    add_to_stream<true>(w, layer, phase, item);
+                    add_to_stream<true>(w, layer, phase, piece);
                 else
-                    read_stream(w, layer, phase, item);
-                made = counter(a, layer, phase, item / kProducts[phase].groups());
+                    read_stream(w, layer, phase, piece);
             }
             mark(a, layer, phase, 3);
             w.end(made);

@@ -97,6 +97,8 @@ inline void wait_for_count(const uint32_t* counter, uint32_t count) {
     while (*counter < count) emulator::give_way();
 }
 
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float tanh_fast(float x) { return std::tanh(x); }
 inline float load_early(const float* from) { return *from; }
 inline float4 load_four_early(const float* from) { return {from[0], from[1], from[2], from[3]}; }
 inline uint4 load_chunk(uint32_t address) {
