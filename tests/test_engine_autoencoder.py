@@ -6,6 +6,7 @@ from typing import Any
 import bldm
 import pytest
 import torch
+from bldm.engine.activations import largest_activation
 from conftest import require_gpu
 from paper_models import randomised
 from targets import HAS_GPU
@@ -254,6 +255,20 @@ def test_activations_too_large_for_fp16_are_refused() -> None:
     with pytest.raises(FloatingPointError, match="use 'bf16'"):
         autoencoder.optimize("fp16")
     assert autoencoder.optimize("bf16").decode(latents(autoencoder, 1)).isfinite().all()
+
+
+def test_fp16_is_taken_where_there_is_room() -> None:
+    autoencoder = model("taming")
+    engine = autoencoder.optimize()
+    assert engine.precision == "fp16" and 0 < largest_activation(autoencoder) < 1000
+    packed = latents(autoencoder, 1)
+    assert torch.equal(engine.decode(packed), autoencoder.optimize("fp16").decode(packed))
+    with torch.no_grad():
+        autoencoder.embedding.mul_(1e5)  # finite in float16, but with little room
+    assert largest_activation(autoencoder) > 5000 and autoencoder.optimize().precision == "bf16"
+    with torch.no_grad():
+        autoencoder.embedding.fill_(torch.nan)
+    assert autoencoder.optimize().precision == "bf16"
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -119,7 +119,7 @@ class BinaryAutoencoder(nn.Module, PretrainedModel):
         with part("decoder"):
             return self.decoder(embedded)
 
-    def optimize(self, precision: str = "bf16", **options: Any) -> "AutoencoderEngine":
+    def optimize(self, precision: str = "auto", **options: Any) -> "AutoencoderEngine":
         """An engine that decodes and encodes as this model does now, much faster; options as in `AutoencoderEngine`."""
         from .engine.autoencoder import AutoencoderEngine
 

@@ -62,7 +62,8 @@ class BinaryLatentDiffusion(nn.Module, PretrainedModel, Painter):
         """Engines of denoiser and autoencoder, with this model's `sample`, `sampler`, `decode` and `encode`; see docs/engine.md.
 
         Args:
-            precision, calibration, calibration_cond: as in `BinaryDenoiser.optimize`; the autoencoder runs in bfloat16 at least.
+            precision, calibration, calibration_cond: as in `BinaryDenoiser.optimize`; the autoencoder runs in
+                16 bits with "bf16" and "fp8", in float16 where its activations have room there.
 
         Raises: TypeError, ValueError naming the argument.
         """

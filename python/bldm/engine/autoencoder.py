@@ -19,6 +19,7 @@ from bldm_kernels.inference.group_norm import Norm, finish
 
 from ..convnets import Attention, Downsample, ResidualBlock, Upsample
 from ..parts import part
+from .activations import precision_of
 from .graphs import GraphCache
 from .report import Part, warn_of_fallbacks
 
@@ -221,15 +222,18 @@ class AutoencoderEngine:
 
     Args:
         autoencoder: the model, on the device the engine is to run on.
-        precision: "bf16", or "fp16": as fast, with an eighth of the rounding, for models whose activations stay below 65,504.
+        precision: "bf16"; "fp16": as fast, with an eighth of the rounding, for models whose activations stay below 65,504;
+            "auto": "fp16" where a trial leaves room for activations 16 times as large, else "bf16". The attribute says which.
         max_batch: images a launch; larger batches go in several. Bounds the memory.
         max_graphs: graphs kept, those used least recently are dropped; 0 runs without graphs.
 
     Raises: FloatingPointError for a model whose activations overflow in "fp16".
     """
 
-    def __init__(self, autoencoder: "BinaryAutoencoder", precision: str = "bf16", *, max_batch: int = 32, max_graphs: int = 8):
-        dtype = DTYPES[bk.checks.option("precision", precision, DTYPES)]
+    def __init__(self, autoencoder: "BinaryAutoencoder", precision: str = "auto", *, max_batch: int = 32, max_graphs: int = 8):
+        if bk.checks.option("precision", precision, ("auto", *DTYPES)) == "auto":
+            precision = precision_of(autoencoder)
+        dtype = DTYPES[precision]
         self.max_batch = bk.checks.integer("max_batch", max_batch, 1, 2**20)
         self.precision, self.signed = precision, autoencoder.signed
         self.latent_shape, self.image_size = autoencoder.latent_shape, autoencoder.image_size
