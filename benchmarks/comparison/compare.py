@@ -24,6 +24,7 @@ import typer
 from bldm.bench.run import commit as current_commit
 from bldm.bench.run import device_name
 from bldm.checkpoint import write_atomically
+from bldm.engine import DiffusionEngine
 from bldm.training.loop import SUMMARY
 from judges import JUDGES, NUM_SAMPLES
 from learn import learn, read
@@ -36,14 +37,24 @@ def num_parameters(module: nn.Module) -> int:
 
 
 class Painter:
-    """`sample` of any method, in bfloat16 on a GPU; the binary one's sampler is kept, and with it what it captured."""
+    """`sample` of any method, in bfloat16 on a GPU; the binary one's sampler is kept, and with it what it captured.
+
+    engine: the same of the binary model's engine, on a GPU.
+    """
+
+    engine: "Painter | None" = None
 
     def __init__(self, model: Any, device: torch.device):
         self.model, self.device = model, device
-        self.sampler = model.sampler() if isinstance(model, bldm.BinaryLatentDiffusion) else None
+        own = isinstance(model, bldm.BinaryLatentDiffusion)
+        self.sampler = model.sampler() if own or isinstance(model, DiffusionEngine) else None
+        if own and device.type == "cuda":
+            self.engine = Painter(model.optimize("bf16"), device)
 
     def _computing(self) -> Any:
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """The engine computes in bfloat16 by itself."""
+        plain = self.device.type == "cuda" and not isinstance(self.model, DiffusionEngine)
+        return torch.autocast("cuda", torch.bfloat16) if plain else nullcontext()
 
     @torch.no_grad()
     def sample(self, labels: Tensor, steps: int, guidance: float, batch_size: int) -> Tensor:
@@ -91,10 +102,12 @@ def judged(painter: Painter, judge: Any, setting: Setting, num_samples: int, bat
         for steps in setting.steps:
             some = next(iter(asked.values()))[0]
             batch = some[torch.arange(batch_size, device=some.device) % len(some)]
-            speed = painter.images_per_second(batch, steps, guidance)
+            speed = {"images_per_second": round(painter.images_per_second(batch, steps, guidance), 1)}
+            if painter.engine is not None:
+                speed["engine_images_per_second"] = round(painter.engine.images_per_second(batch, steps, guidance), 1)
             for name, (labels, wanted) in asked.items():
                 measured = judge.measure(painter.sample(labels, steps, guidance, batch_size), wanted)
-                row = {"set": name, "guidance": guidance, "steps": steps, **measured, "images_per_second": round(speed, 1)}
+                row = {"set": name, "guidance": guidance, "steps": steps, **measured, **speed}
                 result["samples"].append(row)
                 print(row, flush=True)
     return result

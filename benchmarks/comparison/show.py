@@ -34,8 +34,13 @@ def quality(row: Result) -> str:
     return ", ".join([f"{row['frechet']:.3f}", *shown] if "frechet" in row else shown)
 
 
+def speed(row: Result) -> str:
+    shown = f"{row['images_per_second']:,.0f}"
+    return f"{shown} ({row['engine_images_per_second']:,.0f})" if "engine_images_per_second" in row else shown
+
+
 def table(result: Result) -> str:
-    """Quality by method, set, guidance and steps; a line of what each method is; images/s."""
+    """Quality by method, set, guidance and steps; a line of what each method is; images/s (those of the engine)."""
     methods = result["methods"]
     steps = list(dict.fromkeys(row["steps"] for entry in methods.values() for row in entry["samples"]))
     lines = ["| method | parameters | minutes | training steps | reconstructions |", "| --- | --- | --- | --- | --- |"]
@@ -44,7 +49,7 @@ def table(result: Result) -> str:
         minutes = " + ".join(f"{value:.1f}" for value in entry["training_minutes"])
         done = " + ".join(f"{value:,}" for value in entry["training_steps"])
         lines.append(f"| {METHODS[name]} | {parameters} | {minutes} | {done} | {quality(entry['reconstructions'])} |")
-    for title, cell in (("quality", quality), ("images/s", lambda row: f"{row['images_per_second']:,.0f}")):
+    for title, cell in (("quality", quality), ("images/s", speed)):
         lines += ["", f"| {title} | " + " | ".join(f"{count} steps" for count in steps) + " |", "| --- " * (len(steps) + 1) + "|"]
         for kind, guidance in kinds(result):
             for name, entry in methods.items():
