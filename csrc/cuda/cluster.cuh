@@ -40,27 +40,32 @@ __device__ __forceinline__ void arrive_at(uint64_t* barrier, uint32_t rank) {
         : "memory");
 }
 
-// Until the phase of this parity has ended. In cluster scope (what other blocks did before they arrived is there) a wait costs
-// the L1 cache.
+// Whether the phase of this parity has ended, perhaps after a short wait. In cluster scope (what other blocks did before they
+// arrived is there) it costs the L1 cache.
+template <bool kOfCluster = false>
+__device__ __forceinline__ bool has_ended(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    if constexpr (kOfCluster)
+        asm volatile(
+            "{\n\t.reg .pred p;\n\t"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.b32 %0, 1, 0, p;\n\t}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+    else
+        asm volatile(
+            "{\n\t.reg .pred p;\n\t"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.b32 %0, 1, 0, p;\n\t}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+    return done;
+}
+
+// Until it has.
 template <bool kOfCluster = false>
 __device__ __forceinline__ void wait_for(uint64_t* barrier, uint32_t parity) {
-    for (long long started = 0;;) {
-        uint32_t done;
-        if constexpr (kOfCluster)
-            asm volatile(
-                "{\n\t.reg .pred p;\n\t"
-                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.b32 %0, 1, 0, p;\n\t}"
-                : "=r"(done)
-                : "r"(shared_address(barrier)), "r"(parity)
-                : "memory");
-        else
-            asm volatile(
-                "{\n\t.reg .pred p;\n\t"
-                "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.b32 %0, 1, 0, p;\n\t}"
-                : "=r"(done)
-                : "r"(shared_address(barrier)), "r"(parity)
-                : "memory");
-        if (done) return;
+    for (long long started = 0; !has_ended<kOfCluster>(barrier, parity);) {
         if (!started) started = clock64();
         check_patience(started);
     }
@@ -140,6 +145,9 @@ __device__ __forceinline__ void wait_for_count(const uint32_t* counter, uint32_t
         check_patience(started);
     }
 }
+
+// A value that is the same in all lanes, and known to be.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
 // Rows of 128 bytes whose 16-byte chunks are in the order of the 128-byte swizzle (chunk c of row r is at c ^ r % 8), 8 rows to
 // 1024 aligned bytes: an operand of a warpgroup, k along the row.

@@ -13,7 +13,8 @@ constexpr int kRows = 56, kColumns = 128, kDepth = 128;  // of a piece; of k in 
 constexpr int kStageBytes = kColumns * kDepth;           // weights
 constexpr int kRing = 8;                                 // stages
 constexpr int kRowBytes = kRows * kDepth;                // rows of as many k, as the tensor cores read them
-constexpr int kBlocks = kWidth / kDepth;                 // of k
+constexpr int kBlocks = kWidth / kDepth;                 // of k: the stages of a piece
+constexpr int kHalf = kBlocks / 2, kHalfBytes = kHalf * kRowBytes;  // which a piece waits for at once; of rows
 constexpr int kQueries = 32, kKeyBlocks = 20;            // a block's; of 16 keys
 constexpr int kSumStride = kColumns + 4;                 // floats a row of sums
 constexpr int kOutStride = 2 * kColumns + 16;            // bytes a row of what is written, in halves
@@ -30,21 +31,21 @@ static_assert(kRows * kOutStride <= kRows * kSumStride * 4 && (kQueries + 2 * 16
 enum Phase { kQkv, kAttention, kProj, kUp, kDown, kPhases };
 
 struct Product {
-    int tiles, stages;  // tiles of columns; a block's stages of k
-    bool split;         // the blocks of a cluster have a quarter of k each
-    int first_byte;     // of the layer's weights
+    int tiles;       // of columns
+    bool split;      // the blocks of a cluster have a quarter of k each
+    int first_byte;  // of the layer's weights
 
     __device__ int groups() const { return split ? tiles : (tiles + kCluster - 1) / kCluster; }  // of tiles, a cluster each
-    __device__ int blocks() const { return split ? stages * kCluster : stages; }
+    __device__ int blocks() const { return split ? kBlocks * kCluster : kBlocks; }  // of k
 };
 
 constexpr int kSquare = kWidth * kWidth;
 constexpr int64_t kLayerBytes = 12 * kSquare;
-__constant__ Product kProducts[kPhases] = {{3 * kWidth / kColumns, kBlocks, false, 0},
+__constant__ Product kProducts[kPhases] = {{3 * kWidth / kColumns, false, 0},
                                            {},
-                                           {kWidth / kColumns, kBlocks, false, 3 * kSquare},
-                                           {kHidden / kColumns, kBlocks, false, 4 * kSquare},
-                                           {kWidth / kColumns, kBlocks, true, 8 * kSquare}};
+                                           {kWidth / kColumns, false, 3 * kSquare},
+                                           {kHidden / kColumns, false, 4 * kSquare},
+                                           {kWidth / kColumns, true, 8 * kSquare}};
 
 // float32 values of a layer: the offsets of qkv and of the MLP's first product; of each, W 1 and the bias; and scalars.
 constexpr int kUpOffset = kWidth, kQkvVectors = 2 * kWidth, kUpVectors = kQkvVectors + 2 * 3 * kWidth,
@@ -86,7 +87,7 @@ struct Piece {
         const int groups = product.groups(), group = item % groups;
         row_tile = item / groups;
         column_tile = product.split ? group : group * kCluster + rank;
-        first_stage = product.split ? rank * product.stages : 0;
+        first_stage = product.split ? rank * kBlocks : 0;
         exists = column_tile < product.tiles;
     }
 };
@@ -98,17 +99,17 @@ struct Shared {
     __device__ uint8_t* slab() const { return ring + kRing * kStageBytes; }
     // of rows: r times the product's scale, -m r
     __device__ float2* scales() const { return reinterpret_cast<float2*>(slab() + kSlabBytes); }
-    // A stage of weights is there, or may be written; rows of a stage are there, their scales are; the sums of the other blocks
-    // of the cluster are; all its blocks need their slabs no more.
+    // A stage of weights is there, or may be written; rows of half of the stages are there, their scales are; the sums of the
+    // other blocks of the cluster are; all its blocks need their slabs no more.
     __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(scales() + kRows) + slot; }
     __device__ uint64_t* empty(int slot) const { return full(kRing) + slot; }
-    __device__ uint64_t* rows(int stage) const { return empty(kRing) + stage; }
-    __device__ uint64_t* scaled() const { return rows(kBlocks); }
-    __device__ uint64_t* ready() const { return rows(kBlocks + 1); }
-    __device__ uint64_t* free() const { return rows(kBlocks + 2); }
+    __device__ uint64_t* rows(int half) const { return empty(kRing) + half; }
+    __device__ uint64_t* scaled() const { return rows(2); }
+    __device__ uint64_t* ready() const { return rows(3); }
+    __device__ uint64_t* free() const { return rows(4); }
 };
 
-constexpr int kBarriers = 2 * kRing + kBlocks + 3;
+constexpr int kBarriers = 2 * kRing + 5;
 constexpr int kSharedBytes = 1024 + kRing * kStageBytes + kSlabBytes + kRows * 8 + kBarriers * 8;
 
 // Where the 16-byte chunk of a row is, in a tile of rows.

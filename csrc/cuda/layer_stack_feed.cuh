@@ -18,7 +18,7 @@ __device__ inline void stream_weights(const Arguments& a, const Shared& s) {
             if (!piece.exists) continue;
             const uint8_t* from = a.weights + layer * kLayerBytes + product.first_byte +
                                   (int64_t(piece.column_tile) * product.blocks() + piece.first_stage) * kStageBytes;
-            for (int i = 0; i < product.stages; ++i, ++stage) {
+            for (int i = 0; i < kBlocks; ++i, ++stage) {
                 const uint32_t slot = stage % kRing;
                 wait_for(s.empty(slot), (stage / kRing & 1) ^ 1);
                 expect_bytes(s.full(slot), kStageBytes);
@@ -78,13 +78,16 @@ struct Fetcher {
             begin_rows(layer, phase, piece.row_tile);
             const uint8_t* from = phase == kProj ? a.mixed : phase == kDown ? a.inner : a.stream;
             from += (int64_t(piece.row_tile) * product.blocks() + piece.first_stage) * kRowBytes;
-            for (int i = 0; i < product.stages; ++i) expect_bytes(s.rows(i), kRowBytes);
-            if (product.split)
-                for (int i = 0; i < product.stages; ++i)
-                    copy_bulk(s.slab() + i * kRowBytes, from + i * kRowBytes, kRowBytes, s.rows(i));
-            else  // the same rows for all blocks of the cluster, each brings a part
-                for (int i = rank; i < product.stages; i += kCluster)
-                    copy_bulk_to((1 << kCluster) - 1, s.slab() + i * kRowBytes, from + i * kRowBytes, kRowBytes, s.rows(i));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                constexpr int kQuarter = kHalfBytes / kCluster;
+                const int first = half * kHalfBytes, mine = first + rank * kQuarter;
+                expect_bytes(s.rows(half), kHalfBytes);
+                if (product.split)
+                    copy_bulk(s.slab() + first, from + first, kHalfBytes, s.rows(half));
+                else  // the same rows for all blocks of the cluster, each brings a part
+                    copy_bulk_to((1 << kCluster) - 1, s.slab() + mine, from + mine, kQuarter, s.rows(half));
+            }
         }
         ++begun;
         __syncwarp();

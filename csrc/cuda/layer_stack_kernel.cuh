@@ -107,26 +107,36 @@ struct Addition {
     }
 };
 
-// Weights times rows: the first rows are there; they and the rest in the order of k.
-__device__ inline void multiply(Worker& w, const Product& product, bool exists, float (&sum)[28]) {
+// Weights times rows, of which the first half is there. The tensor cores have little work in store: what is waited for between
+// two products is lost, so that half of the stages are waited for at once.
+__device__ inline void multiply(Worker& w, bool exists, float (&sum)[28]) {
     const Shared& s = w.s;
-    const uint32_t weights = operand(s.ring + w.warp / 4 * (kStageBytes / 2)), rows = operand(s.slab());
-#pragma unroll 1
-    for (int i = 0; i < product.stages; ++i) {
-        if (i > 0) w.wait_for_rows(i);
+    // uniform, so that operands are named by registers that can be counted up, without a way from ordinary ones for each product
+    const uint32_t weights = uniform(operand(s.ring + w.warp / 4 * (kStageBytes / 2))), rows = uniform(operand(s.slab()));
+    const uint32_t first = uniform(w.stage);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (half > 0) w.wait_for_rows(half);
         if (!exists) continue;
-        const uint32_t slot = w.stage % kRing;
-        wait_for(s.full(slot), w.stage / kRing & 1);
+        w.wait_for_weights();
         begin_products();
 #pragma unroll
-        for (int k = 0; k < kDepth / 32; ++k)
-            multiply_64x56(sum, weights + (slot * kStageBytes >> 4) + 2 * k, rows + (i * kRowBytes >> 4) + 2 * k);
+        for (int i = 0; i < kHalf; ++i) {
+            const uint32_t slot = (first + half * kHalf + i) % kRing;
+#pragma unroll
+            for (int k = 0; k < kDepth / 32; ++k)
+                multiply_64x56(sum, weights + (slot * kStageBytes >> 4) + 2 * k,
+                               rows + ((half * kHalfBytes + i * kRowBytes) >> 4) + 2 * k);
+        }
         commit_products();
-        ++w.stage;
+        w.stage += kHalf;
+        if (half > 0) {
+            wait_products<1>();
+            w.release_weights(w.stage - kBlocks);
+        }
     }
     wait_products<0>();
-    // not before: the next weights would hold up the rows that are still coming
-    if (exists && w.lane < product.stages) arrive(s.empty((w.stage - 1 - w.lane) % kRing));
+    if (exists) w.release_weights(w.stage - kHalf);
 }
 
 // qkv, and the first product of the MLP with its GELU: norm, bias, and out through the slab.
@@ -208,7 +218,7 @@ __device__ inline void read_stream(Worker& w, int layer, int phase, const Piece&
     float sum[28] = {};
     w.wait_for_rows(0);
     mark(a, layer, phase, 1);
-    multiply(w, product, piece.exists, sum);
+    multiply(w, piece.exists, sum);
     mark(a, layer, phase, 2);
     wait_for(w.s.scaled(), w.scaled++ & 1);
     if (!piece.exists) return;
@@ -223,7 +233,6 @@ template <bool kSplit>
 __device__ inline void add_to_stream(Worker& w, int layer, int phase, const Piece& piece) {
     constexpr int kPasses = kSplit ? (kShare + 7) / 8 : kRows / 8, kParts = kSplit ? kCluster : 1;
     const Arguments& a = w.a;
-    const Product product = kProducts[phase];
     const bool last = phase == kDown && layer + 1 == a.layers;
     const int next = layer + (phase == kDown && !last);
     const int column = piece.column_tile * kColumns + 4 * w.lane;
@@ -236,7 +245,7 @@ __device__ inline void add_to_stream(Worker& w, int layer, int phase, const Piec
     w.wait_for_rows(0);
     mark(a, layer, phase, 1);
     if (piece.exists) to.load();
-    multiply(w, product, piece.exists, sum);
+    multiply(w, piece.exists, sum);
     mark(a, layer, phase, 2);
     if (!piece.exists) return;
     put_sums(w, sum);
@@ -304,7 +313,8 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(kBlockThread
     const Shared s{aligned_shared()};
     if (threadIdx.x == 0) {
         for (int i = 0; i < kRing; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), kWorkers / 32);
-        for (int i = 0; i <= kBlocks; ++i) init_barrier(s.rows(i), 1);  // and scaled
+        for (int i = 0; i < 2; ++i) init_barrier(s.rows(i), 1);
+        init_barrier(s.scaled(), 1);
         init_barrier(s.ready(), 1), init_barrier(s.free(), kCluster);
         publish_barriers();
     }

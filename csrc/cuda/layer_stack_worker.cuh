@@ -14,9 +14,23 @@ struct Worker {
 
     __device__ Worker(const Arguments& a, const Shared& s) : a(a), s(s) {}
 
-    __device__ void wait_for_rows(int i) {
-        wait_for(s.rows(i), row_phases >> i & 1);
-        row_phases ^= 1u << i;
+    __device__ void wait_for_rows(int half) {
+        wait_for(s.rows(half), row_phases >> half & 1);
+        row_phases ^= 1u << half;
+    }
+
+    // Those of the next half of the stages, looked at together: one look takes as long as a product.
+    __device__ void wait_for_weights() {
+        bool there = true;
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) there &= has_ended(s.full((stage + i) % kRing), (stage + i) / kRing & 1);
+        if (there) return;
+        for (int i = 0; i < kHalf; ++i) wait_for(s.full((stage + i) % kRing), (stage + i) / kRing & 1);
+    }
+
+    // Of half of the stages from `first` on.
+    __device__ void release_weights(uint32_t first) {
+        if (lane < kHalf) arrive(s.empty((first + lane) % kRing));
     }
 
     // Behind a piece: what it wrote is there for whoever sees the counter, and the slab may be written.

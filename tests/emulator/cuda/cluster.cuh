@@ -65,8 +65,12 @@ inline void publish_barriers() {}
 inline void arrive(uint64_t* barrier) { emulator::arrive(machine.current->block, machine.offset(barrier)); }
 inline void arrive_at(uint64_t* barrier, uint32_t rank) { emulator::arrive(machine.neighbour(rank), machine.offset(barrier)); }
 template <bool kOfCluster = false>
+bool has_ended(uint64_t* barrier, uint32_t parity) {
+    return emulator::barrier(machine.current->block, machine.offset(barrier)).phase != parity;
+}
+template <bool kOfCluster = false>
 void wait_for(uint64_t* barrier, uint32_t parity) {
-    while (emulator::barrier(machine.current->block, machine.offset(barrier)).phase == parity) emulator::give_way();
+    while (!has_ended(barrier, parity)) emulator::give_way();
 }
 inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
     emulator::barrier(machine.current->block, machine.offset(barrier)).bytes += bytes;
@@ -115,6 +119,8 @@ inline uint32_t e4m3_of(float x, float y, float z, float w) {
 inline uint32_t e4m3_of_halves(uint32_t first, uint32_t second) {
     return e4m3_of(from_half(uint16_t(first)), from_half(first >> 16), from_half(uint16_t(second)), from_half(second >> 16));
 }
+
+inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
 // Products of a warpgroup: every thread finds its own results, in operands of 128-byte rows whose address bits 4 to 6 are
 // swizzled by bits 7 to 9.
