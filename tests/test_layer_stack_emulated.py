@@ -62,7 +62,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("batch, tokens, blocks", [(1, 17, 8), (3, 17, 8), (1, 1, 4), (1, 60, 12)])
+@pytest.mark.parametrize("batch, tokens, blocks", [(1, 17, 8), (3, 17, 8), (1, 1, 4), (1, 60, 12), (1, 130, 16)])
 def test_every_phase_against_float64(emulated: ctypes.CDLL, batch: int, tokens: int, blocks: int) -> None:
     (layer,), rows = make_layers(1, "cpu"), batch * tokens
     h = torch.randn(rows, WIDTH).bfloat16()

@@ -64,9 +64,12 @@ struct Arguments {
     int rows, tokens, layers, tiles, query_tiles, heads;  // tiles of rows; those of the queries of a head; heads of all samples
     float eps;
 
+    // Of a phase, a cluster each. In the attention, four tiles of a head's queries; tiles left over are put together.
     __device__ int items(int phase) const {
-        return phase == kAttention ? heads * query_tiles : tiles * kProducts[phase].groups();
+        return phase == kAttention ? shared_items() + (heads * (query_tiles % kCluster) + kCluster - 1) / kCluster
+                                   : tiles * kProducts[phase].groups();
     }
+    __device__ int shared_items() const { return heads * (query_tiles / kCluster); }
     __device__ const float* vectors_of(int layer) const { return vectors + int64_t(layer) * kVectors; }
     __device__ const float* scalars(int layer) const { return vectors_of(layer) + kScalars; }
 };
@@ -89,6 +92,23 @@ struct Piece {
         column_tile = product.split ? group : group * kCluster + rank;
         first_stage = product.split ? rank * kBlocks : 0;
         exists = column_tile < product.tiles;
+    }
+};
+
+// The queries of a block, and whether its cluster has others of the same head, and so the same keys and values.
+struct Queries {
+    int head, first;
+    bool exists = true, shared;
+
+    __device__ Queries(const Arguments& a, int item, int rank) : shared(item < a.shared_items()) {
+        if (shared) {
+            const int of_head = a.query_tiles / kCluster;
+            head = item / of_head, first = (item % of_head * kCluster + rank) * kQueries;
+        } else {
+            const int of_head = a.query_tiles % kCluster, left = (item - a.shared_items()) * kCluster + rank;
+            head = left / of_head, first = (a.query_tiles - of_head + left % of_head) * kQueries;
+            exists = head < a.heads;
+        }
     }
 };
 

@@ -6,7 +6,7 @@
 namespace bldm::cuda::stack {
 
 // A block has 32 queries of a head, a warp 16 of them and every fourth 16 keys.
-__device__ inline void attend(Worker& w, int layer, int head, int first_query) {
+__device__ inline void attend(Worker& w, int layer, const Queries& mine) {
     const Arguments& a = w.a;
     const Shared& s = w.s;
     const int tid = w.tid, warp = w.warp, lane = w.lane;
@@ -16,7 +16,7 @@ __device__ inline void attend(Worker& w, int layer, int head, int first_query) {
     const int blocks = (a.tokens + 15) / 16;
     uint8_t* end_of_values = s.slab() + (kQueries + blocks * 16) * 128 + a.tokens * 128;
     const uint32_t queries = shared_address(s.slab()), keys = queries + kQueries * 128, values = keys + blocks * 16 * 128;
-    const int first_row = head / kHeads * a.tokens;
+    const int first_row = mine.head / kHeads * a.tokens;
     const int part = warp % 2, split = warp / 2, g = lane / 4, t = lane % 4;
     const float to_mixed = load_early(a.scalars(layer) + kToMixed);
     w.wait_for_rows(0);
@@ -93,7 +93,7 @@ __device__ inline void attend(Worker& w, int layer, int head, int first_query) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {  // 32 queries of 16 groups of 4 columns
         const int query = i * 16 + tid / 16, column = tid % 16 * 4;
-        if (first_query + query >= a.tokens) break;
+        if (mine.first + query >= a.tokens) break;
         const float* from = parts + query * kStride;  // of split 0; the next is 32 rows on
         float highest = -INFINITY;
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ inline void attend(Worker& w, int layer, int head, int first_query) {
             x.x += weight * y.x, x.y += weight * y.y, x.z += weight * y.z, x.w += weight * y.w;
         }
         const float scale = __fdividef(to_mixed, sum);
-        const int row = first_row + first_query + query, in_row = head % kHeads * kHeadWidth + column;
+        const int row = first_row + mine.first + query, in_row = mine.head % kHeads * kHeadWidth + column;
         uint8_t* to = a.mixed + int64_t(row / kRows) * kBlocks * kRowBytes + chunk_of_row(row % kRows, in_row / 16) + in_row % 16;
         *reinterpret_cast<uint32_t*>(to) = e4m3_of(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
     }

@@ -40,11 +40,11 @@ struct Fetcher {
     __device__ void run() {
         for (int step = 0; step < a.layers * kPhases; ++step) {
             const int layer = step / kPhases, phase = step % kPhases, clusters = gridDim.x / kCluster;
-            if (phase == kAttention)
-                for (int first = blockIdx.x / kCluster * kCluster; first < a.items(phase); first += clusters * kCluster)
-                    fetch_head(layer, first + rank);
-            else
-                for (int item = blockIdx.x / kCluster; item < a.items(phase); item += clusters) fetch_rows(layer, phase, item);
+            for (int item = blockIdx.x / kCluster; item < a.items(phase); item += clusters)
+                if (phase == kAttention)
+                    fetch_head(layer, item);
+                else
+                    fetch_rows(layer, phase, item);
         }
     }
 
@@ -61,7 +61,7 @@ struct Fetcher {
         if (phase == kQkv && layer == 0)
             begin(a.counters + kCounterStride * (1 + tile), min(kRows, a.rows - tile * kRows));
         else if (phase == kProj)
-            begin(counter(a, layer, kAttention, 0), a.items(kAttention));
+            begin(counter(a, layer, kAttention, 0), a.heads * a.query_tiles);
         else {
             const int before = phase == kQkv ? kDown : phase - 1;
             begin(counter(a, layer - (phase == kQkv), before, tile), kProducts[before].groups() * kCluster);
@@ -117,22 +117,29 @@ struct Fetcher {
 
     // Queries and keys, then values.
     __device__ void fetch_head(int layer, int item) {
+        const Queries mine(a, item, rank);
         if (lane == 0) {
             begin(counter(a, layer, kQkv, 0), a.items(kQkv) * kCluster);
-            if (item < a.items(kAttention)) {
-                const int of_all = item / a.query_tiles, first = item % a.query_tiles * kQueries;
-                const int head = of_all % kHeads, row = of_all / kHeads * a.tokens;
-                const uint32_t queries = min(kQueries, a.tokens - first) * 128, keys = a.tokens * 128;
+            if (mine.exists) {
+                const int head = mine.head % kHeads, row = mine.head / kHeads * a.tokens;
+                const uint32_t queries = min(kQueries, a.tokens - mine.first) * 128, keys = a.tokens * 128;
                 uint8_t *to_keys = s.slab() + kQueries * 128, *to_values = to_keys + (a.tokens + 15) / 16 * 16 * 128;
                 expect_bytes(s.rows(0), queries + keys);
-                copy_bulk(s.slab(), head_rows(a, head, 0, row + first), queries, s.rows(0));
-                copy_bulk(to_keys, head_rows(a, head, 1, row), keys, s.rows(0));
+                copy_bulk(s.slab(), head_rows(a, head, 0, row + mine.first), queries, s.rows(0));
+                copy_tokens(to_keys, head_rows(a, head, 1, row), mine.shared, s.rows(0));
                 expect_bytes(s.rows(1), keys);
-                copy_bulk(to_values, head_rows(a, head, 2, row), keys, s.rows(1));
+                copy_tokens(to_values, head_rows(a, head, 2, row), mine.shared, s.rows(1));
             }
         }
         ++begun;
         __syncwarp();
+    }
+
+    // A head's tokens; where the cluster shares them, each block brings a part to all.
+    __device__ void copy_tokens(uint8_t* to, const uint8_t* from, bool shared, uint64_t* barrier) {
+        if (!shared) return copy_bulk(to, from, a.tokens * 128, barrier);
+        const int part = (a.tokens + kCluster - 1) / kCluster, first = rank * part, count = min(part, a.tokens - first);
+        copy_bulk_to((1 << kCluster) - 1, to + first * 128, from + first * 128, count * 128, barrier);
     }
 };
 

@@ -283,14 +283,14 @@ __device__ inline void compute(Worker& w) {
     enter(a, w);
     for (int step = 0; step < a.layers * kPhases; ++step) {
         const int layer = step / kPhases, phase = step % kPhases;
-        for (int item = w.cluster; item * (phase == kAttention ? kCluster : 1) < a.items(phase); item += w.clusters) {
+        for (int item = w.cluster; item < a.items(phase); item += w.clusters) {
             mark(a, layer, phase, 0);
             uint32_t* made = nullptr;
             if (phase == kAttention) {
-                const int mine = item * kCluster + w.rank;
-                if (mine < a.items(phase)) {
+                const Queries mine(a, item, w.rank);
+                if (mine.exists) {
                     made = counter(a, layer, phase, 0);
-                    attend(w, layer, mine / a.query_tiles, mine % a.query_tiles * kQueries);
+                    attend(w, layer, mine);
                 }
             } else {
                 const Piece piece(kProducts[phase], item, w.rank);
