@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from conftest import require_gpu
 from targets import HAS_GPU
 from torch import Tensor
 
 import bldm_kernels as bk
-from bldm_kernels.inference.attention import attention, cross_attention, plain, supports
+from bldm_kernels.inference.attention import attention, cross_attention, plain, supports, supports_whole_heads
 from bldm_kernels.inference.triton import attention as kernels
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -56,6 +57,25 @@ def test_against_float64(shape: tuple[int, int, int, int], masked: bool) -> None
     assert _relative(got, expected) < 4e-3  # two roundings to bfloat16: of the probabilities and of the result
     assert low.dtype == torch.float8_e4m3fn
     assert _relative(low.double() * scale, expected) < 4e-2  # 4 significant bits
+
+
+@pytest.mark.parametrize(
+    "samples, tokens, heads", [(1, 257, 12), (8, 258, 12), (64, 257, 12), (3, 256, 5), (2, 272, 70)], ids=str
+)
+@pytest.mark.parametrize("pdl", [False, True])
+def test_whole_heads_against_float64(samples: int, tokens: int, heads: int, pdl: bool) -> None:
+    require_gpu()
+    qkv, _ = _inputs(samples, tokens, heads, 64, False)
+    if not supports_whole_heads(qkv, heads, None):
+        pytest.skip("the kernel is for compute capability 9.0")
+    expected = plain(*qkv.double().chunk(3, -1), heads, None, None)
+    scale = (expected.abs().max() / 400).float().reshape(1)
+    got, low = attention(qkv, heads, pdl=pdl), attention(qkv, heads, None, scale, pdl=pdl)
+    assert _relative(got, expected) < 4e-3 and _relative(got[:, 256:], expected[:, 256:]) < 4e-3 or tokens == 256
+    assert _relative(low.double() * scale, expected) < 4e-2
+    assert all(torch.equal(attention(qkv, heads, pdl=pdl), got) for _ in range(20))
+    large = 1e4 * torch.nn.functional.one_hot(torch.arange(tokens) % 64, 64).bfloat16().repeat(samples, 1, 3 * heads).to(DEVICE)
+    assert attention(large, heads).isfinite().all()
 
 
 def test_scores_of_any_size() -> None:

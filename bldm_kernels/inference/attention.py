@@ -3,16 +3,21 @@
 softmax(q k^T / sqrt(d)) v over the T tokens of every sample and head (Vaswani et al. 2017), without a copy in between.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checks
+from .. import checks, dispatch
+from ..backends.native import load_part
 from .choice import triton_runs_on
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 HEAD_DIMS = (32, 64, 128)  # others would waste the tensor cores
+# What csrc/cuda/attention.cu takes: all keys of a head in shared memory, all scores of a query in registers.
+WHOLE_HEAD_DIM, WHOLE_HEAD_TOKENS = 64, range(256, 273)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | None, out_scale: Tensor | None) -> Tensor:
@@ -32,6 +37,16 @@ def supports(qkv: Tensor, num_heads: int) -> bool:
     """Whether the kernel takes this input; PyTorch's scaled_dot_product_attention takes the rest."""
     dim = qkv.shape[-1] // (3 * num_heads)
     return qkv.dtype == torch.bfloat16 and dim in HEAD_DIMS and qkv.numel() > 0 and triton_runs_on(qkv.device)
+
+
+def supports_whole_heads(qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> bool:
+    """Whether the CUDA kernel for a few more than 256 tokens takes this input."""
+    fits = qkv.shape[1] in WHOLE_HEAD_TOKENS and qkv.shape[2] == 3 * num_heads * WHOLE_HEAD_DIM and key_mask is None
+    if not fits or not qkv.is_cuda or qkv.dtype != torch.bfloat16 or qkv.data_ptr() % 16 or not len(qkv):
+        return False
+    if dispatch.forced_backend() not in (None, "cuda") or not hasattr(load_part("cuda")[0], "attention"):
+        return False
+    return torch.cuda.get_device_capability(qkv.device) == (9, 0)
 
 
 def attention(
@@ -60,6 +75,13 @@ def attention(
             f"with strides {qkv.stride()}"
         )
     _check_common(qkv, "qkv", qkv.shape[:2], key_mask, out_scale)
+    if supports_whole_heads(qkv, num_heads, key_mask):
+        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3, dtype=qkv.dtype if out_scale is None else E4M3)
+        scale = 0 if out_scale is None else out_scale.data_ptr()
+        stream = torch.cuda.current_stream(qkv.device).cuda_stream
+        native: Any = load_part("cuda")[0]
+        native.attention(qkv.data_ptr(), *qkv.shape[:2], num_heads, scale, out.data_ptr(), pdl, qkv.get_device(), stream)
+        return out
     if supports(qkv, num_heads):
         from .triton import attention as kernels
 

@@ -27,5 +27,6 @@ void register_cuda(pybind11::module_& m) {
 #if BLDM_SM90
     bind(m, "layer_stack_counters", cuda::layer_stack_counters);
     bind(m, "layer_stack", cuda::layer_stack);
+    bind(m, "attention", cuda::attention);
 #endif
 }

@@ -208,6 +208,12 @@ __device__ __forceinline__ uint4 load_chunk(uint32_t address) {
                  : "memory");
     return x;
 }
+__device__ __forceinline__ void store_word(uint32_t address, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_half(uint32_t address, uint16_t x) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
+}
 __device__ __forceinline__ float4 load_four(uint32_t address) {
     const uint4 x = load_chunk(address);
     return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));

@@ -109,6 +109,8 @@ inline uint4 load_chunk(uint32_t address) {
     emulator::expect(address % 16 == 0, "a load of 16 bytes at no multiple of them");
     return *reinterpret_cast<const uint4*>(at(address));
 }
+inline void store_word(uint32_t address, uint32_t x) { *reinterpret_cast<uint32_t*>(at(address)) = x; }
+inline void store_half(uint32_t address, uint16_t x) { *reinterpret_cast<uint16_t*>(at(address)) = x; }
 inline float4 load_four(uint32_t address) {
     const uint4 x = load_chunk(address);
     return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
