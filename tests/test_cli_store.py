@@ -5,17 +5,20 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bldm
 import numpy as np
 import pytest
 import torch
+from bldm.cli.train import _precision as default_precision
 from bldm.data import load_images, open_images, to_float
 from bldm.store import encode_dataset
 from bldm.store.encode import fingerprint
 from bldm.training import denoiser as denoiser_training
 from bldm.training.conditions import CaptionFeatures, caption_features
+from bldm.training.loop import accelerator
 from bldm.training.options import TrainOptions
 from PIL import Image
 from test_cli import fail, invoke
@@ -262,6 +265,7 @@ SIZES = {"width": 16, "depth": 1, "num_heads": 2}
 
 
 def trained(model: Path, data: Any, out: Path, **options: Any) -> bldm.BinaryLatentDiffusion:
+    assert accelerator().device.type == "cpu"  # where `bldm encode` is told to work here too
     training = TrainOptions(steps=5, batch_size=6)
     return denoiser_training.train_denoiser(model, SIZES, data, training, out, num_steps=16, **options)
 
@@ -279,6 +283,16 @@ def test_training_on_a_store_is_training_on_the_images(model: Path, data: Path, 
     invoke("train", "--autoencoder", "ae", "--store", "s", "--out", "third", *sizes, "--ema-decay", 0.999)
     third = bldm.BinaryLatentDiffusion.from_pretrained("third").state_dict()
     assert all(torch.equal(value, third[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "no"), ("cuda", "bf16")])
+def test_precision_is_by_default_that_of_the_device_which_trains(
+    device: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of any GPU that the machine has."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("bldm.training.loop.accelerator", lambda: SimpleNamespace(device=torch.device(device)))
+    assert default_precision(None) == precision and default_precision("no") == "no"
 
 
 def test_training_refuses_a_store_that_does_not_fit(model: Path, data: Path, tmp_path: Path) -> None:

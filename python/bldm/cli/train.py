@@ -51,7 +51,10 @@ def _integers(name: str, text: str) -> list[int]:
 
 
 def _precision(name: str | None) -> str:
-    return name or ("bf16" if torch.cuda.is_available() else "no")
+    """The one named, else what suits the device that training is on, which may be the CPU of a machine with a GPU."""
+    from ..training.loop import accelerator
+
+    return name or ("bf16" if accelerator().device.type == "cuda" else "no")
 
 
 @one_line_errors
