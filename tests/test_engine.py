@@ -290,11 +290,16 @@ def test_a_whole_model_is_refreshed() -> None:
         for parameter in other.parameters():
             parameter.mul_(-1.2)
     engine = model.optimize("fp8")
-    before = engine.sample(3, 4, labels=1)
+    before, decoder = engine.sample(3, 4, labels=1), engine.autoencoder
     engine.refresh(other)
     assert torch.equal(engine.sample(3, 4, labels=1), other.optimize("fp8").sample(3, 4, labels=1))
     engine.refresh(model)
-    assert torch.equal(engine.sample(3, 4, labels=1), before)
+    assert torch.equal(engine.sample(3, 4, labels=1), before) and engine.autoencoder is decoder
+    with torch.no_grad():
+        other.autoencoder.embedding.mul_(1e6)  # no room in float16
+    engine.refresh(other)
+    assert torch.equal(engine.sample(3, 4, labels=1), other.optimize("fp8").sample(3, 4, labels=1))
+    assert decoder.precision == "fp16" and engine.autoencoder.precision == "bf16"
 
 
 def test_the_report_names_what_runs_and_fallbacks_are_warned_of(device: str) -> None:

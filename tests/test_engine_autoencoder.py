@@ -231,6 +231,42 @@ def test_the_engine_has_weights_of_its_own() -> None:
     assert torch.equal(engine.decode(packed), before)
 
 
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@torch.no_grad()
+def test_refresh_takes_weights_over_in_place(name: str) -> None:
+    autoencoder, other = model(name), model(name)
+    for parameter in other.parameters():
+        parameter.mul_(-1.1).add_(0.01)
+    engine, packed = autoencoder.optimize(), latents(autoencoder, 2)
+    images = engine.decode(packed)
+    logits = engine.encode_logits(images)
+    addresses, graphs = [weight.data_ptr() for weight in engine._weights()], engine.num_graphs
+    copies = [weight.clone() for weight in engine._weights()]
+    engine.refresh(other)
+    assert all(not torch.equal(weight, copy) for weight, copy in zip(engine._weights(), copies, strict=True))
+    fresh = other.optimize(engine.precision)
+    assert torch.equal(engine.decode(packed), fresh.decode(packed)) and not torch.equal(engine.decode(packed), images)
+    assert torch.equal(engine.encode_logits(images), fresh.encode_logits(images))
+    engine.refresh(autoencoder)
+    assert torch.equal(engine.decode(packed), images) and torch.equal(engine.encode_logits(images), logits)
+    assert [weight.data_ptr() for weight in engine._weights()] == addresses and engine.num_graphs == graphs
+
+
+def test_refresh_refuses_what_does_not_fit_and_changes_nothing() -> None:
+    autoencoder = model("plain")
+    engine, packed = autoencoder.optimize("fp16"), latents(autoencoder, 1)
+    images = engine.decode(packed)
+    unsigned = bldm.BinaryAutoencoder(**{**CONFIGURATIONS["plain"], "signed": False}).to(DEVICE)
+    for wrong in (model("plain with attention"), unsigned):
+        with pytest.raises(ValueError, match="autoencoder: expected the configuration"):
+            engine.refresh(wrong)
+    with torch.no_grad():
+        autoencoder.embedding.mul_(1e6)
+    with pytest.raises(FloatingPointError, match="use 'bf16'"):
+        engine.refresh(autoencoder)
+    assert torch.equal(engine.decode(packed), images)
+
+
 def test_report_names_every_part_and_what_runs_it() -> None:
     autoencoder = model("taming")
     with bk.use_backend("torch"):

@@ -4,9 +4,9 @@ Convolutions and products are the libraries'. What stands between two of them (b
 upsampling is part of the convolution behind it; the last norm, the last convolution and the conversion to pixels are one.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -213,12 +213,25 @@ def plan(modules: tuple[nn.Module, ...], count: int, place: Place) -> tuple[list
     return steps, place
 
 
+def held(part: Any) -> Iterator[Tensor]:
+    """The weights in a part of a plan, in an order that its configuration says."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, list | tuple):
+        for one in part:
+            yield from held(one)
+    elif isinstance(part, Step | Pixels | Ending | Filter | Norm):
+        for name, one in vars(part).items():
+            if name != "counters":
+                yield from held(one)
+
+
 class AutoencoderEngine:
     """Decodes and encodes as a `BinaryAutoencoder` does, in 16 bits; made by `BinaryAutoencoder.optimize`.
 
-    The weights are copies: later changes of the model do not reach the engine. On a GPU every batch size is captured as a CUDA
-    graph at its first call, and an image does not depend on what else is in its batch beyond rounding. Not for several threads
-    or streams at a time.
+    The weights are copies: later changes of the model are followed by `refresh` only. On a GPU every batch size is captured as a
+    CUDA graph at its first call, and an image does not depend on what else is in its batch beyond rounding. Not for several
+    threads or streams at a time.
 
     Args:
         autoencoder: the model, on the device the engine is to run on.
@@ -258,6 +271,26 @@ class AutoencoderEngine:
             warn_of_fallbacks(self._parts)
         if dtype == torch.float16:
             self._check_range()
+
+    @torch.no_grad()
+    def refresh(self, autoencoder: "BinaryAutoencoder") -> None:
+        """Take over the weights that `autoencoder`, of the same configuration, has now: in place, so that captured graphs follow.
+
+        The precision stays what it is. Raises: ValueError for another configuration, FloatingPointError as when the engine was
+        made; the engine is then as it was.
+        """
+        fresh = AutoencoderEngine(autoencoder, self.precision, max_graphs=0)
+        if self._configuration() != fresh._configuration():
+            raise ValueError("autoencoder: expected the configuration of the model that this engine was made from")
+        for mine, new in zip(self._weights(), fresh._weights(), strict=True):
+            mine.copy_(new)
+
+    def _weights(self) -> list[Tensor]:
+        return list(held([self.embedding, self._embedded, self._decoder, self._pixels, self._encoder]))
+
+    def _configuration(self) -> tuple[Any, ...]:
+        shapes = [weight.shape for weight in self._weights()]
+        return self.signed, self.latent_shape, shapes, [(part.name, part.shape) for part in self._parts]
 
     def report(self) -> tuple[Part, ...]:
         """Every part with its shape and what runs it, so that a fallback to PyTorch is seen."""

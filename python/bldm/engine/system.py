@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..painter import Painter
 from ..sampling import FastSampler
+from .activations import precision_of
 from .autoencoder import AutoencoderEngine
 from .report import Part
 
@@ -40,9 +41,16 @@ class DiffusionEngine(Painter):
         self._samplers: dict[str, FastSampler] = {}
 
     def refresh(self, model: "BinaryLatentDiffusion") -> None:
-        """Take over the weights that `model`, of the same configuration, has now, calibrated as at first."""
+        """Take over the weights that `model`, of the same configuration, has now, calibrated as at first.
+
+        In place, so that captured graphs follow, unless the autoencoder now needs another of the two 16-bit types.
+        """
         self.denoiser.refresh(model.denoiser, **self._training)
-        self.autoencoder = self._autoencoder_of(model)
+        engine = self.autoencoder
+        if isinstance(engine, AutoencoderEngine) and engine.precision == precision_of(model.autoencoder):
+            engine.refresh(model.autoencoder)
+        else:
+            self.autoencoder = self._autoencoder_of(model)
 
     def _autoencoder_of(self, model: "BinaryLatentDiffusion") -> "BinaryAutoencoder | AutoencoderEngine":
         return model.autoencoder if self.denoiser.precision == "float32" else model.autoencoder.optimize()
