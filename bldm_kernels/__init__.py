@@ -4,7 +4,7 @@ Every function is a PyTorch operator (`torch.ops.bldm.*`) with one reference and
 `cuda` (ahead of time), `triton` (just in time), `cpu` (C++), `torch` (the reference). See `backends()`.
 """
 
-from . import _ops as _ops  # registers torch.ops.bldm
+from . import _diffusion_ops as _diffusion_ops  # registers torch.ops.bldm, with _ops
 from . import checks, reference
 from .backends import cpu as _cpu
 from .backends import cuda as _cuda

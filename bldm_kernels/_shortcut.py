@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._ops import _library, run_flip_loss, run_flip_loss_backward, run_flip_probability, run_flip_probability_backward
+from ._diffusion_ops import run_flip_loss, run_flip_loss_backward, run_flip_probability, run_flip_probability_backward
+from ._ops import library
 
 
 def _is_watched(x: Tensor) -> bool:
@@ -81,7 +82,7 @@ def _differentiable(name: str, run: Callable[..., Any], function: type[torch.aut
     def call(*args: Any) -> Any:
         return getattr(torch.ops.bldm, name).default(*args) if _is_watched(args[0]) else autograd(*args)
 
-    _library.impl(name, autograd, "Autograd")
+    library.impl(name, autograd, "Autograd")
     return call
 
 
