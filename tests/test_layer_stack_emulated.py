@@ -24,7 +24,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs a C++ compiler and an x86-64 processor")
     library = tmp_path_factory.mktemp("emulator") / "layer_stack.so"
-    flags = ["-std=c++20", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{ROOT}/tests/emulator", f"-I{ROOT}/csrc"]
+    flags = ["-std=c++20", "-O3", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{ROOT}/tests/emulator", f"-I{ROOT}/csrc"]
     sources = [ROOT / "tests/emulator" / name for name in ("layer_stack.cpp", "self_check.cpp", "switch.cpp")]
     subprocess.run([compiler, *flags, *sources, "-o", library], check=True, timeout=300)
     loaded = ctypes.CDLL(str(library))

@@ -40,12 +40,18 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {to_bfloa
 inline __half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y)}; }
 
 // 4 bits of exponent, 3 of mantissa, no infinity: 0x7F is NaN, 0x7E 448.
-inline float from_e4m3(uint8_t x) {
-    const int exponent = x >> 3 & 15, mantissa = x & 7;
-    if ((x & 0x7F) == 0x7F) return NAN;
-    const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
-    return x & 0x80 ? -size : size;
-}
+struct E4m3Values {
+    float of[256];
+    E4m3Values() {
+        for (int x = 0; x < 256; ++x) {
+            const int exponent = x >> 3 & 15, mantissa = x & 7;
+            const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
+            of[x] = (x & 0x7F) == 0x7F ? NAN : x & 0x80 ? -size : size;
+        }
+    }
+};
+inline const E4m3Values e4m3_values;
+inline float from_e4m3(uint8_t x) { return e4m3_values.of[x]; }
 inline uint8_t to_e4m3(float x) {  // saturated
     if (std::isnan(x)) return 0x7F;
     const uint8_t sign = std::signbit(x) ? 0x80 : 0;

@@ -1,8 +1,8 @@
 // A GPU of the mind: blocks of threads on one CPU thread, which take turns wherever they would wait.
 //
-// A thread is a fiber. Whoever waits for a barrier, a counter or the rest of a warp gives way to the next one; when nobody can go
-// on, that is a deadlock and is reported. Bulk copies end some random turns after they were started, so that a kernel which does not
-// wait for one is found out.
+// A thread is a fiber. Whoever waits for a barrier, a counter or the rest of a warp gives way to the next one, and is passed over
+// while what it waits for has not come; when nobody can go on, that is a deadlock and is reported. Bulk copies end some random
+// turns after they were started, so that a kernel which does not wait for one is found out.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +46,10 @@ struct Fiber {
     std::vector<uint8_t> stack;
     int block, thread;
     bool done;
+    const uint32_t* watched = nullptr;  // it waits while this number is `value`, or (at_least) below it
+    uint32_t value = 0;
+    bool at_least = false;
+    bool waits() const { return watched && (at_least ? *watched < value : *watched == value); }
 };
 
 struct Machine {
@@ -73,6 +77,14 @@ extern "C" void emulator_switch(void** from, void* to);
 
 inline void give_way() { emulator_switch(&machine.current->stack_pointer, machine.scheduler); }
 
+// Until the number is another one than `value`, or (at_least) no smaller one.
+inline void wait_while(const uint32_t* number, uint32_t value, bool at_least = false) {
+    Fiber& fiber = *machine.current;
+    fiber.watched = number, fiber.value = value, fiber.at_least = at_least;
+    while (fiber.waits()) give_way();
+    fiber.watched = nullptr;
+}
+
 // Ends the run, from inside a thread.
 inline void fail(const std::string& why) {
     if (machine.error.empty()) machine.error = why;
@@ -89,7 +101,7 @@ inline void meet(Meeting& meeting, int threads) {
         meeting.there = 0, ++meeting.times, ++machine.progress;
         return;
     }
-    while (meeting.times == before) give_way();
+    wait_while(&meeting.times, before);
 }
 
 inline Warp& warp() { return machine.block().warps[machine.current->thread / 32]; }
@@ -161,7 +173,7 @@ inline void launch(int blocks, int threads, int cluster, size_t shared_bytes, un
             Fiber& fiber = machine.fibers[(first + i) % machine.fibers.size()];
             if (fiber.done) continue;
             machine.current = &fiber;
-            emulator_switch(&machine.scheduler, fiber.stack_pointer);
+            if (!fiber.waits()) emulator_switch(&machine.scheduler, fiber.stack_pointer);
             left += !fiber.done;
         }
         std::vector<std::function<void()>> under_way;

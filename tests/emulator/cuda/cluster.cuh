@@ -70,7 +70,7 @@ bool has_ended(uint64_t* barrier, uint32_t parity) {
 }
 template <bool kOfCluster = false>
 void wait_for(uint64_t* barrier, uint32_t parity) {
-    while (!has_ended(barrier, parity)) emulator::give_way();
+    emulator::wait_while(&emulator::barrier(machine.current->block, machine.offset(barrier)).phase, parity);
 }
 inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
     emulator::barrier(machine.current->block, machine.offset(barrier)).bytes += bytes;
@@ -98,7 +98,7 @@ inline void fence_async_global() {}
 inline void fence_async_shared() {}
 inline void signal(uint32_t* counter) { ++*counter, ++machine.progress; }
 inline void wait_for_count(const uint32_t* counter, uint32_t count) {
-    while (*counter < count) emulator::give_way();
+    emulator::wait_while(counter, count, true);
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
@@ -131,19 +131,19 @@ inline void begin_products() {}
 inline void commit_products() {}
 template <int kLeft>
 void wait_products() {}
-inline float of_operand(uint32_t operand, int row, int k) {
-    const uint32_t address = (operand << 4) + row * 128 + k;
-    return from_e4m3(*at(address ^ (address >> 7 & 7) << 4));
-}
 inline void multiply_64x56(float (&d)[28], uint32_t a, uint32_t b) {
     const int lane = machine.lane(), g = lane / 4, t = lane % 4, warp = machine.current->thread / 32 % 4;
-    float rows[2][32], columns[14][32];
+    uint8_t* const shared = at(kFirstAddress);
+    const auto of_operand = [shared](uint32_t operand, int row, int k) {
+        const uint32_t address = (operand << 4) + row * 128 + k;
+        return from_e4m3(shared[(address ^ (address >> 7 & 7) << 4) - kFirstAddress]);
+    };
     for (int k = 0; k < 32; ++k) {
-        for (int i = 0; i < 2; ++i) rows[i][k] = of_operand(a, 16 * warp + g + 8 * i, k);
-        for (int i = 0; i < 14; ++i) columns[i][k] = of_operand(b, 8 * (i / 2) + 2 * t + i % 2, k);
+        float row[2], column[14];
+        for (int i = 0; i < 2; ++i) row[i] = of_operand(a, 16 * warp + g + 8 * i, k);
+        for (int i = 0; i < 14; ++i) column[i] = of_operand(b, 8 * (i / 2) + 2 * t + i % 2, k);
+        for (int i = 0; i < 28; ++i) d[i] += row[i / 2 % 2] * column[2 * (i / 4) + i % 2];
     }
-    for (int i = 0; i < 28; ++i)
-        for (int k = 0; k < 32; ++k) d[i] += rows[i / 2 % 2][k] * columns[2 * (i / 4) + i % 2][k];
 }
 
 // m16n8k16 of a warp, in bfloat16; the fragments are those of mma.cuh.
