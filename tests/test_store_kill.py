@@ -87,7 +87,7 @@ def uninterrupted(path: Path, count: int) -> dict[str, bytes]:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    count = 16 * 250 + 3
+    count = 16 * 120 + 3
     whole, path = uninterrupted(tmp_path / "whole", count), tmp_path / "store"
     generator, kills, committed = random.Random(0), 0, 0
     while kills < KILLS:
