@@ -63,8 +63,9 @@ def test_against_float64(shape: tuple[int, int, int, int], masked: bool) -> None
     "samples, tokens, heads", [(1, 257, 12), (8, 258, 12), (64, 257, 12), (3, 256, 5), (2, 272, 70)], ids=str
 )
 @pytest.mark.parametrize("pdl", [False, True])
-def test_whole_heads_against_float64(samples: int, tokens: int, heads: int, pdl: bool) -> None:
+def test_whole_heads_against_float64(samples: int, tokens: int, heads: int, pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     require_gpu()
+    monkeypatch.setattr("bldm_kernels.inference.attention.MANY_WHOLE_HEADS", 1)  # also few
     qkv, _ = _inputs(samples, tokens, heads, 64, False)
     if not supports_whole_heads(qkv, heads, None):
         pytest.skip("the kernel is for compute capability 9.0")

@@ -16,8 +16,9 @@ from .choice import triton_runs_on
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 HEAD_DIMS = (32, 64, 128)  # others would waste the tensor cores
-# What csrc/cuda/attention.cu takes: all keys of a head in shared memory, all scores of a query in registers.
-WHOLE_HEAD_DIM, WHOLE_HEAD_TOKENS = 64, range(256, 273)
+# What csrc/cuda/attention.cu takes: all keys of a head in shared memory, all scores of a query in registers. A block has a head
+# or two at a time, so for few of them Triton's smaller tiles fill the GPU better.
+WHOLE_HEAD_DIM, WHOLE_HEAD_TOKENS, MANY_WHOLE_HEADS = 64, range(256, 273), 384
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | None, out_scale: Tensor | None) -> Tensor:
@@ -42,7 +43,9 @@ def supports(qkv: Tensor, num_heads: int) -> bool:
 def supports_whole_heads(qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> bool:
     """Whether the CUDA kernel for a few more than 256 tokens takes this input."""
     fits = qkv.shape[1] in WHOLE_HEAD_TOKENS and qkv.shape[2] == 3 * num_heads * WHOLE_HEAD_DIM and key_mask is None
-    if not fits or not qkv.is_cuda or qkv.dtype != torch.bfloat16 or qkv.data_ptr() % 16 or not len(qkv):
+    if not fits or len(qkv) * num_heads < MANY_WHOLE_HEADS:
+        return False
+    if not qkv.is_cuda or qkv.dtype != torch.bfloat16 or qkv.data_ptr() % 16:
         return False
     if dispatch.forced_backend() not in (None, "cuda") or not hasattr(load_part("cuda")[0], "attention"):
         return False

@@ -238,6 +238,16 @@ __device__ __forceinline__ float tanh_fast(float x) {
     return y;
 }
 
+// What other blocks have written, from the cache that they share; the load starts here.
+__device__ __forceinline__ float4 load_four_shared(const void* from) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+}
+
 // Four values in e4m3, those beyond its range at its end.
 __device__ __forceinline__ uint32_t e4m3_of(float x, float y, float z, float w) {
     uint16_t low, high;

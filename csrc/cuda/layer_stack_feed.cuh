@@ -74,8 +74,18 @@ struct Fetcher {
         const int first_row = piece.row_tile * kRows;
         const bool of_norm = phase == kQkv || phase == kUp;
         const float of_product = load_early(a.scalars(layer) + (phase == kQkv ? kOfQkv : kOfUp));
+        if (lane == 0) begin_rows(layer, phase, piece.row_tile);
+        ++begun;
+        __syncwarp();
+        float4 moments[2][kTiles / 2];  // of two rows: asked for at once, and before the rows, which take long to come
+        if (of_norm)
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+                const int row = min(first_row + lane + i / (kTiles / 2) * 32, a.rows - 1);
+                const float2* from = a.moments + int64_t(row) * kTiles;
+                moments[i / (kTiles / 2)][i % (kTiles / 2)] = load_four_shared(from + i % (kTiles / 2) * 2);
+            }
         if (lane == 0) {
-            begin_rows(layer, phase, piece.row_tile);
             const uint8_t* from = phase == kProj ? a.mixed : phase == kDown ? a.inner : a.stream;
             from += (int64_t(piece.row_tile) * product.blocks() + piece.first_stage) * kRowBytes;
 #pragma unroll
@@ -89,28 +99,20 @@ struct Fetcher {
                     copy_bulk_to((1 << kCluster) - 1, s.slab() + mine, from + mine, kQuarter, s.rows(half));
             }
         }
-        ++begun;
         __syncwarp();
         if (!of_norm) return;
-        float2 scales[2];  // at once: their loads take long
-#pragma unroll
-        for (int i = 0; i < 2; ++i) scales[i] = scale_of(min(first_row + lane + 32 * i, a.rows - 1), of_product);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            if (lane + 32 * i < kRows) s.scales()[lane + 32 * i] = scales[i];
+            if (lane + 32 * i < kRows) s.scales()[lane + 32 * i] = scale_of(moments[i], of_product);
         __syncwarp();
         if (lane == 0) arrive(s.scaled());
     }
 
-    // r times the scale of the product, and -m r.
-    __device__ float2 scale_of(int row, float of_product) const {
-        const float4* from = reinterpret_cast<const float4*>(a.moments + int64_t(row) * kTiles);
+    // r times the scale of the product, and -m r, of a row's moments.
+    __device__ float2 scale_of(const float4 (&moments)[kTiles / 2], float of_product) const {
         float sum = 0, squares = 0;
 #pragma unroll
-        for (int i = 0; i < kTiles / 2; ++i) {
-            const float4 two = __ldcg(from + i);
-            sum += two.x + two.z, squares += two.y + two.w;
-        }
+        for (const float4& two : moments) sum += two.x + two.z, squares += two.y + two.w;
         const float mean = sum / kWidth, scale = rsqrtf(fmaxf(squares / kWidth - mean * mean, 0) + a.eps);
         return make_float2(scale * of_product, -mean * scale);
     }

@@ -105,6 +105,7 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float tanh_fast(float x) { return std::tanh(x); }
 inline float load_early(const float* from) { return *from; }
 inline float4 load_four_early(const float* from) { return {from[0], from[1], from[2], from[3]}; }
+inline float4 load_four_shared(const void* from) { return *static_cast<const float4*>(from); }
 inline uint4 load_chunk(uint32_t address) {
     emulator::expect(address % 16 == 0, "a load of 16 bytes at no multiple of them");
     return *reinterpret_cast<const uint4*>(at(address));
