@@ -20,7 +20,7 @@ WIDTH, HEADS, HIDDEN = 768, 12, 3072
 COLUMNS, DEPTH = 128, 128  # of a stage of weights
 ROWS = 56  # of a piece
 SHAPES = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN))  # of the weights
-MOST_ROWS = 280  # in more, a block has a second piece of every product, and kernels of their own are faster
+MOST_ROWS = 560  # two samples of 257 or 258; with more, kernels of their own are faster
 MOST_TOKENS = 320
 
 
