@@ -40,7 +40,7 @@ class Setting:
     def autoencoder(self, method: str) -> dict[str, Any]:
         """Arguments of the method's autoencoder."""
         own = {
-            "binary": {"num_bits": self.bits},
+            "binary": {"num_bits": self.bits, "mode": "threshold"},
             "tokens": {"codebooks": self.codebooks, "codes": self.codes},
             "gaussian": {"channels": self.channels},
         }
