@@ -2,33 +2,21 @@
 copy that nobody waits for) and its arithmetic, phase by phase against float64 of what the phase before left."""
 
 import ctypes
-import platform
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import build
 from test_inference_layer_stack import make_layers
 from torch import Tensor
 from torch.nn import functional as F
 
 from bldm_kernels.inference.layer_stack import HEADS, HIDDEN, ROWS, WIDTH, LayerStack, _dequantized, norm_behind, plain
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or platform.machine() != "x86_64":
-        pytest.skip("needs a C++ compiler and an x86-64 processor")
-    library = tmp_path_factory.mktemp("emulator") / "layer_stack.so"
-    flags = ["-std=c++20", "-O3", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{ROOT}/tests/emulator", f"-I{ROOT}/csrc"]
-    sources = [ROOT / "tests/emulator" / name for name in ("layer_stack.cpp", "self_check.cpp", "switch.cpp")]
-    subprocess.run([compiler, *flags, *sources, "-o", library], check=True, timeout=300)
-    loaded = ctypes.CDLL(str(library))
-    loaded.run.restype = loaded.self_check.restype = ctypes.c_char_p
+    loaded = build(tmp_path_factory.mktemp("emulator"), "layer_stack.cpp", "self_check.cpp")
+    loaded.self_check.restype = ctypes.c_char_p
     return loaded
 
 

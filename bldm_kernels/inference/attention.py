@@ -18,7 +18,7 @@ E4M3_MAX = 448.0
 HEAD_DIMS = (32, 64, 128)  # others would waste the tensor cores
 # What csrc/cuda/attention.cu takes: all keys of a head in shared memory, all scores of a query in registers. A block has a head
 # or two at a time, so for few of them Triton's smaller tiles fill the GPU better.
-WHOLE_HEAD_DIM, WHOLE_HEAD_TOKENS, MANY_WHOLE_HEADS = 64, range(256, 273), 384
+WHOLE_HEAD_DIM, WHOLE_HEAD_TOKENS, MANY_WHOLE_HEADS = 64, range(256, 273), 192
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, num_heads: int, key_mask: Tensor | None, out_scale: Tensor | None) -> Tensor:
@@ -83,7 +83,7 @@ def attention(
         scale = 0 if out_scale is None else out_scale.data_ptr()
         stream = torch.cuda.current_stream(qkv.device).cuda_stream
         native: Any = load_part("cuda")[0]
-        native.attention(qkv.data_ptr(), *qkv.shape[:2], num_heads, scale, out.data_ptr(), pdl, qkv.get_device(), stream)
+        native.attention(qkv.data_ptr(), *qkv.shape[:2], num_heads, scale, out.data_ptr(), 0, pdl, qkv.get_device(), stream)
         return out
     if supports(qkv, num_heads):
         from .triton import attention as kernels

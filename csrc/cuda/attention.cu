@@ -1,56 +1,60 @@
 // The launch of attention_kernel.cuh.
 #include "cuda/attention_kernel.cuh"
 
+#include <cudaTypedefs.h>
+
 namespace bldm::cuda {
 
 namespace {
 
-// Tiles of 136 tokens of 64 columns of (samples, tokens, columns) in bfloat16, in the order of the 128-byte swizzle.
-TileMap tiles_of(const void* qkv, int64_t samples, int64_t tokens, int64_t columns) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-              "cudaGetDriverEntryPointByVersion");
-        if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("attention: the driver has no tensor maps");
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
-    TileMap map;
-    const cuuint64_t sizes[3] = {cuuint64_t(columns), cuuint64_t(tokens), cuuint64_t(samples)};
-    const cuuint64_t strides[2] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};  // bytes
-    const cuuint32_t box[3] = {attend::kDim, attend::kBox, 1}, steps[3] = {1, 1, 1};
-    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(qkv), sizes, strides, box, steps,
-                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS) throw std::runtime_error("attention: cuTensorMapEncodeTiled: " + std::to_string(int(error)));
+// The driver's function, without linking to the driver.
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("attention: the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+TensorMap map_of(const void* qkv, int64_t samples, int64_t tokens, int64_t heads) {
+    using namespace attend;
+    static const auto encode = tensor_map_encoder();
+    const uint64_t columns = 3 * heads * kHeadWidth;
+    const cuuint64_t sizes[] = {columns, cuuint64_t(tokens), cuuint64_t(samples)};
+    const cuuint64_t strides[] = {2 * columns, 2 * columns * tokens};  // bytes, of tokens and samples
+    const cuuint32_t box[] = {kHeadWidth, kBoxTokens, 1}, steps[] = {1, 1, 1};
+    TensorMap map;
+    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(qkv), sizes, strides, box, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) throw std::runtime_error("attention: cuTensorMapEncodeTiled: " + std::to_string(int(result)));
     return map;
 }
 
 }  // namespace
 
-void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, const float* out_scale, void* out, bool early,
-               int device, cudaStream_t stream) {
+void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, const float* out_scale, void* out, float* log_sums,
+               bool early, int device, cudaStream_t stream) {
     using namespace attend;
-    if (tokens < kMain || tokens > kMost || !aligned(qkv, 16) || !aligned(out, 16))
-        throw std::invalid_argument("attention: expected 256 to 272 tokens, and memory aligned to 16 bytes");
-    if (samples * heads == 0) return;
+    if (tokens < kTiled || tokens > kMostTokens)
+        throw std::invalid_argument("attention: expected 256 to 272 tokens, got " + std::to_string(tokens));
+    if (samples < 1 || heads < 1 || samples * heads > 1 << 24) throw std::invalid_argument("attention: no heads, or too many");
+    if (!aligned(qkv, 16) || !aligned(out, 16)) throw std::invalid_argument("attention: expected memory at multiples of 16 bytes");
     const DeviceGuard guard(device);
-    const int blocks = processors(device);
-    const int parts = 2 * samples * heads <= blocks ? 2 : 1;
-    const Arguments a{out, out_scale, int(tokens), int(heads), int(samples), parts};
-    const TileMap map = tiles_of(qkv, samples, tokens, 3 * heads * kDim);
+    const int blocks = processors(device), all = int(samples * heads);
+    const int split = 2 * all <= blocks;  // so few that there is a multiprocessor for every half
+    const Arguments a{map_of(qkv, samples, tokens, heads), out, out_scale, log_sums, int(tokens), int(heads), split, all << split};
+    const auto chosen = tokens <= kTiled + 8 ? kernel<8> : kernel<16>;
+    check(cudaFuncSetAttribute(chosen, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute");
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(std::min<int64_t>(blocks, samples * heads * parts))), config.blockDim = dim3(attend::kThreads);
+    config.gridDim = dim3(std::min(blocks, a.units)), config.blockDim = dim3(kBlockThreads);
     config.dynamicSmemBytes = kSharedBytes, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = early;
-    with_flag(out_scale != nullptr, [&](auto low) {
-        const auto chosen = attend::kernel<decltype(low)::value>;
-        check(cudaFuncSetAttribute(chosen, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute");
-        check(cudaLaunchKernelEx(&config, chosen, a, map), "attention");
-    });
+    check(cudaLaunchKernelEx(&config, chosen, a), "attention");
 }
 
 }  // namespace bldm::cuda

@@ -1,309 +1,338 @@
-// attention: softmax(q k^T / 8) v for heads of width 64 and 256 to 272 tokens, which are few enough for all keys and values of a
-// head to be in shared memory, and all scores of 64 queries in the registers of a warpgroup.
+// Attention for heads of width 64 and 256 to 272 tokens, where a warpgroup has the scores of 64 queries to all keys in its
+// registers at once: no running maximum, no rescaling.
 //
-// Blocks stay on the device and go through heads. Of a block's three warpgroups two compute, 64 queries at a time; one has the next
-// head brought while they do, and computes the queries beyond the 256th on its own, without tensor cores: there are few.
+// A block stays on its multiprocessor and takes heads (or halves of them) in turn. Two of its warpgroups, the mixers, have 64 of
+// the first 256 queries at a time. The third brings the next head's queries, keys and values while the others work on this one,
+// and computes the few queries behind the 256th with the products of single warps, 16 rows instead of 64. The tensor cores and
+// the units of exponentials need about as long as one another for a head, so the mixers take turns with the exponentials:
+// meanwhile the other one multiplies.
 #pragma once
 
 #include "cuda/warpgroup.cuh"
 
 namespace bldm::cuda::attend {
 
-constexpr int kDim = 64, kMain = 256, kMost = 272;                   // of a head; tokens
-constexpr int kGroup = 128, kThreads = 3 * kGroup, kQueries = 64;    // of a job
-constexpr int kBox = kMost / 2, kBoxBytes = kBox * 128;              // rows of a copy
-constexpr int kPartBytes = kMost * 128, kStageBytes = 3 * kPartBytes;  // queries, keys, values
+constexpr int kHeadWidth = 64, kTokenBytes = 2 * kHeadWidth;
+constexpr int kTiled = 256, kMostTokens = 272;  // tokens whose queries mixers have; tokens
+constexpr int kBoxTokens = kMostTokens / 2, kBoxBytes = kBoxTokens * kTokenBytes;  // of a copy
+constexpr int kPartBytes = 2 * kBoxBytes, kStageBytes = 3 * kPartBytes;            // queries, keys, values; the three of a head
 constexpr int kStages = 2;
+constexpr int kGroup = 128, kMixers = 2, kBlockThreads = (kMixers + 1) * kGroup;
+constexpr int kTileQueries = 64, kPairs = 2;  // of tiles, one for each mixer
+constexpr int kFeederWarps = kGroup / 32, kRestRows = kMostTokens - kTiled, kRound = 2;
+// Of 65536 registers; a block starts with 168 a thread.
+constexpr int kMixerRegisters = 216, kFeederRegisters = 72;
+// Bytes of a row on its way out: in bfloat16, in e4m3. Neighbouring rows begin in other banks.
+constexpr int kOutStride = 2 * kHeadWidth + 16, kLowOutStride = kHeadWidth + 16;
 constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(64), for powers of 2
-// Sums of what the third warpgroup's warps have; weights of a query.
-constexpr int kScratchFloats = kMost + 4 * kDim + 8;
-constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kScratchFloats * 4 + 2 * kStages * 8;
+static_assert(kPairs * kMixers * kTileQueries == kTiled);
+static_assert(kBoxBytes % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
 struct Arguments {
-    void* out;           // (samples, tokens, heads, 64) in bfloat16 or e4m3
-    const float* scale;  // what e4m3 is divided by
-    int tokens, heads, samples, parts;  // 2: a block has half of a head's queries
+    TensorMap qkv;  // (3 W, tokens, samples), boxes of kBoxTokens tokens of a head
+    void* out;
+    const float* out_scale;  // null: out is bfloat16
+    float* log_sums;         // (samples, heads, tokens) of the logarithms of the sums of exponentials, or null
+    int tokens, heads;       // of a sample
+    int split, units;        // whether a unit is half a head (1) or a head (0); of all heads
+};
 
-    __device__ int items() const { return samples * heads * parts; }
+// What a block takes at a time: a head, or half of its queries.
+struct Unit {
+    int sample, head, first_pair, end_pair;
+    bool has_rest;  // the queries behind the 256th
+
+    __device__ Unit(const Arguments& a, int i) {
+        const int all = i >> a.split, part = i & a.split;
+        sample = all / a.heads, head = all % a.heads;
+        first_pair = part, end_pair = a.split ? part + 1 : kPairs;
+        has_rest = part == a.split;
+    }
+    __device__ int64_t sums_offset(const Arguments& a, int token) const {
+        return (int64_t(sample) * a.heads + head) * a.tokens + token;
+    }
+    __device__ int64_t out_offset(const Arguments& a, int token) const {
+        return (int64_t(sample) * a.tokens + token) * a.heads * kHeadWidth + head * kHeadWidth;
+    }
 };
 
 struct Shared {
     uint8_t* stages;
 
     __device__ uint8_t* part(int stage, int which) const { return stages + stage * kStageBytes + which * kPartBytes; }
-    __device__ float* scratch() const { return reinterpret_cast<float*>(stages + kStages * kStageBytes); }
-    __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(scratch() + kScratchFloats) + stage; }
-    __device__ uint64_t* empty(int stage) const { return full(kStages + stage); }
+    __device__ uint8_t* out(int warp) const { return stages + kStages * kStageBytes + warp * 16 * kOutStride; }
+    // What the feeder's warps have found of the queries behind the 256th: of each one the largest score and the sum of the
+    // weights, and of kRound at a time the mixed values.
+    __device__ float* found(int warp) const { return reinterpret_cast<float*>(out(kMixers * kGroup / 32)) + warp * kRestRows * 2; }
+    __device__ float* part_of(int warp) const { return found(kFeederWarps) + warp * kRound * kHeadWidth; }
+    // What results are multiplied by besides the reciprocal of the sum.
+    __device__ float* out_factor() const { return part_of(kFeederWarps); }
+    // Queries and keys of a stage are there; its values are; it may be written. A mixer may compute its exponentials.
+    __device__ uint64_t* keys_there(int stage) const { return reinterpret_cast<uint64_t*>(out_factor() + 2) + stage; }
+    __device__ uint64_t* values_there(int stage) const { return keys_there(kStages) + stage; }
+    __device__ uint64_t* free(int stage) const { return values_there(kStages) + stage; }
+    __device__ uint64_t* turn(int mixer) const { return free(kStages) + mixer; }
 };
 
-// Where the 16-byte chunk of a row is.
-__device__ __forceinline__ uint32_t chunk_of(int row, int chunk) { return uint32_t(row * 128 + (chunk ^ row % 8) * 16); }
+constexpr int kFoundFloats = kFeederWarps * (kRestRows * 2 + kRound * kHeadWidth) + 2;
+constexpr int kBarriers = 3 * kStages + kMixers;
+constexpr int kSharedBytes =
+    1024 + kStages * kStageBytes + kMixers * kGroup / 32 * 16 * kOutStride + kFoundFloats * 4 + kBarriers * 8;
+static_assert(kSharedBytes <= 227 * 1024);
 
-__device__ __forceinline__ uint32_t pair(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-}
+// The stage of a block's i-th unit, and the parity of its barriers' phase.
+__device__ __forceinline__ int stage_of(int i) { return i % kStages; }
+__device__ __forceinline__ uint32_t parity_of(int i) { return i / kStages & 1; }
 
-__device__ __forceinline__ float low_half(uint32_t x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(x & 0xFFFF0000u); }
-
-// A head's stage of the ring.
-struct Turn {
-    int head, part, stage;
-    uint32_t parity;
-
-    __device__ Turn(const Arguments& a, int item, uint32_t count)
-        : head(item / a.parts), part(item % a.parts), stage(count % kStages), parity(count / kStages & 1) {}
-};
-
-__device__ inline void fetch(const Arguments& a, const Shared& s, const TileMap& map, int item, uint32_t count) {
-    const Turn turn(a, item, count);
-    wait_for(s.empty(turn.stage), turn.parity ^ 1);
-    expect_bytes(s.full(turn.stage), kStageBytes);
-#pragma unroll
-    for (int which = 0; which < 3; ++which)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            copy_tile(s.part(turn.stage, which) + half * kBoxBytes, map, (which * a.heads + turn.head % a.heads) * kDim,
-                      half * kBox, turn.head / a.heads, s.full(turn.stage));
-}
-
-// --- 64 queries, by a warpgroup -------------------------------------------------------------------------------------------
-
-// The scores of the last keys that are there; others weigh nothing.
-__device__ inline void hide_missing(const Arguments& a, float (&last)[8], int t) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-        if (kMain + i / 4 * 8 + 2 * t + i % 2 >= a.tokens) last[i] = -INFINITY;
-}
-
-// Scores become weights relative to the largest, 2^(kScale (score - most)), in bfloat16 as the next product reads 16 keys.
-template <int kCount>
-__device__ __forceinline__ void weigh(float (&scores)[kCount], int first, const float (&most)[2], float (&total)[2], uint32_t (&out)[4]) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float& x = scores[first + i];
-        x = exp2_fast(kScale * x - most[i / 2 % 2]);
-        total[i / 2 % 2] += x;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = pair(scores[first + 2 * i], scores[first + 2 * i + 1]);
-}
-
-// A row of 64 columns: two of every eight in each of four threads, through the 16 rows of a warp in shared memory to memory.
+// The 16 queries of a warp, of which a thread has columns 8 j + 2 t and the next one in rows g and g + 8: through shared memory,
+// so that the warp writes whole rows, 16 bytes a thread.
 template <bool kLow>
-__device__ inline void write(const Arguments& a, uint32_t rows, const float (&sum)[32], const float (&factor)[2], int head, int first) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const float inverse = kLow ? __fdividef(1.0f, __ldg(a.scale)) : 1.0f;
-    const float by[2] = {factor[0] * inverse, factor[1] * inverse};
+__device__ __forceinline__ void write_rows(const float (&mixed)[32], float upper_factor, float lower_factor, uint8_t* staged,
+                                           uint8_t* to, int64_t row_bytes, int lane) {
+    constexpr int kBytes = kLow ? 1 : 2, kStride = kLow ? kLowOutStride : kOutStride, kChunks = kHeadWidth * kBytes / 16;
+    const int g = lane / 4, t = lane % 4;
+    __syncwarp();  // the rows before these have been read
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float x = sum[4 * j + 2 * i] * by[i], y = sum[4 * j + 2 * i + 1] * by[i];
-            const int row = g + 8 * i;
-            if constexpr (kLow)
-                store_half(rows + chunk_of(row, j / 2) + j % 2 * 8 + 2 * t, uint16_t(e4m3_of(x, y, 0, 0)));
-            else
-                store_word(rows + chunk_of(row, j) + 4 * t, pair(x, y));
-        }
+    for (int i = 0; i < 16; ++i) {
+        const float factor = i % 2 ? lower_factor : upper_factor;
+        const float x = mixed[2 * i] * factor, y = mixed[2 * i + 1] * factor;
+        uint8_t* at = staged + (g + i % 2 * 8) * kStride + (i / 2 * 8 + 2 * t) * kBytes;
+        if constexpr (kLow)
+            *reinterpret_cast<uint16_t*>(at) = e4m3_pair(x, y);
+        else
+            *reinterpret_cast<uint32_t*>(at) = bfloat16_pair(x, y);
+    }
     __syncwarp();
-    constexpr int kChunks = kLow ? 4 : 8, kBytes = kChunks * 16;  // of a row
-    uint8_t* out = static_cast<uint8_t*>(a.out) + ((int64_t(head / a.heads) * a.tokens + first) * a.heads + head % a.heads) * kBytes;
 #pragma unroll
     for (int i = 0; i < 16 * kChunks / 32; ++i) {
-        const int row = (i * 32 + lane) / kChunks, chunk = lane % kChunks;
-        *reinterpret_cast<uint4*>(out + int64_t(row) * a.heads * kBytes + chunk * 16) = load_chunk(rows + chunk_of(row, chunk));
+        const int row = i * (32 / kChunks) + lane / kChunks, byte = lane % kChunks * 16;
+        *reinterpret_cast<uint4*>(to + row * row_bytes + byte) = *reinterpret_cast<const uint4*>(staged + row * kStride + byte);
     }
 }
 
-template <bool kLow>
-__device__ inline void job(const Arguments& a, const Shared& s, const Turn& turn, int tile) {
-    const int t = threadIdx.x % 4;
-    uint8_t* own = s.part(turn.stage, 0) + tile * kQueries * 128;
-    const uint32_t queries = uniform(operand(own)), keys = uniform(operand(s.part(turn.stage, 1)));
-    const uint32_t values = uniform(operand(s.part(turn.stage, 2)));
-    const uint32_t last_keys = keys + (kMain * 128 >> 4);
-    float scores[128], last[8];
-    begin_products();
-    multiply_64x256<false>(scores, queries, keys);
+// Of a sum of powers of 2 that -offset was taken off, as a natural logarithm.
+__device__ __forceinline__ float log_sum(float sum, float offset) { return 0.69314718f * (log2_fast(sum) - offset); }
+
+// Queries of a mixer, kRest keys behind the 256th in tiles of 8 or 16.
+template <int kRest>
+__device__ __forceinline__ void mix(const Arguments& a, const Shared& s, int mixer) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
+    uint32_t turns = 0;
+    if (mixer == 1 && lane == 0) arrive(s.turn(0));
+    for (int u = blockIdx.x, i = 0; u < a.units; u += gridDim.x, ++i) {
+        const Unit unit(a, u);
+        const int stage = stage_of(i);
+        const uint32_t values = operand(s.part(stage, 2));
+        wait_for(s.keys_there(stage), parity_of(i));
+        for (int pair = unit.first_pair; pair < unit.end_pair; ++pair) {
+            const int first = (pair * kMixers + mixer) * kTileQueries;
+            float score[kTiled / 2], rest[kRest / 2];  // score[4 j + 2 r + c]: row g + 8 r, key 8 j + 2 t + c
+            multiply_scores(score, rest, operand(s.part(stage, 0) + first * kTokenBytes), operand(s.part(stage, 1)));
 #pragma unroll
-    for (int k = 1; k < kDim / 16; ++k) multiply_64x256<true>(scores, queries + 2 * k, keys + 2 * k);
-    multiply_64x16<false>(last, queries, last_keys);
+            for (int j = 0; j < kRest / 2; ++j)
+                if (kTiled + j / 4 * 8 + 2 * t + j % 2 >= a.tokens) rest[j] = -INFINITY;
+            // Two chains of comparisons a row, so that one need not wait for itself.
+            float most[4] = {score[0], score[1], score[2], score[3]};
 #pragma unroll
-    for (int k = 1; k < kDim / 16; ++k) multiply_64x16<true>(last, queries + 2 * k, last_keys + 2 * k);
-    commit_products();
-    wait_products<0>();
-    hide_missing(a, last, t);
-    float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, sum[32] = {};
+            for (int j = 4; j < kTiled / 2; ++j) most[j % 4] = fmaxf(most[j % 4], score[j]);
 #pragma unroll
-    for (int i = 0; i < 128; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores[i]);
+            for (int j = 0; j < kRest / 2; ++j) most[j % 4] = fmaxf(most[j % 4], rest[j]);
+            float offset[2], sum[2] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], last[i]);
+            for (int r = 0; r < 2; ++r) {
+                float x = fmaxf(most[2 * r], most[2 * r + 1]);
+                x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+                x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+                offset[r] = -x * kScale;
+            }
+            const auto weigh = [&](float x, float y, int r) {
+                x = exp2_fast(x * kScale + offset[r]), y = exp2_fast(y * kScale + offset[r]);
+                sum[r] += x + y;
+                return bfloat16_pair(x, y);
+            };
+            wait_for(s.values_there(stage), parity_of(i));
+            wait_for(s.turn(mixer), turns++ & 1);
+            float mixed[32] = {};
+#pragma unroll
+            for (int block = 0; block < 4; ++block) {  // of 64 keys, whose product runs during the next one's exponentials
+                uint32_t weights[16];
+                // No change, but the compiler has to add up what there is first. Left to itself it does so at the end, with
+                // all the exponentials in registers, of which there are not enough.
+                if (block) offset[0] = fmaf(sum[0], 0.f, offset[0]), offset[1] = fmaf(sum[1], 0.f, offset[1]);
+#pragma unroll
+                for (int j = 0; j < 16; ++j)
+                    weights[j] = weigh(score[32 * block + 2 * j], score[32 * block + 2 * j + 1], j % 2);
+                multiply_values(mixed, weights, values + block * (64 * kTokenBytes / 16));
+                // The last block's is left to the time when the other mixer already has its first.
+                if (block == 2 && lane == 0) arrive(s.turn(1 - mixer));
+            }
+            uint32_t weights[4] = {};
+#pragma unroll
+            for (int j = 0; j < kRest / 4; ++j) weights[j] = weigh(rest[2 * j], rest[2 * j + 1], j % 2);
+            multiply_values(mixed, weights, values + kTiled * kTokenBytes / 16);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+                sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+            }
+            wait_values(mixed);
+            if (pair + 1 == unit.end_pair && lane == 0) arrive(s.free(stage));
+            const float upper = __fdividef(*s.out_factor(), sum[0]), lower = __fdividef(*s.out_factor(), sum[1]);
+            if (a.log_sums && t == 0)
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    a.log_sums[unit.sums_offset(a, first + warp % 4 * 16 + lane / 4 + 8 * r)] = log_sum(sum[r], offset[r]);
+            const int64_t row_values = a.heads * kHeadWidth, at = unit.out_offset(a, first + warp % 4 * 16);
+            if (a.out_scale)
+                write_rows<true>(mixed, upper, lower, s.out(warp), static_cast<uint8_t*>(a.out) + at, row_values, lane);
+            else
+                write_rows<false>(mixed, upper, lower, s.out(warp), static_cast<uint8_t*>(a.out) + 2 * at, 2 * row_values, lane);
+        }
+    }
+}
+
+// Where the 16-byte chunk of a token's row is.
+__device__ __forceinline__ uint32_t chunk_of(int token, int chunk) { return uint32_t(token * kTokenBytes + (chunk ^ token % 8) * 16); }
+
+// The queries behind the 256th: every warp has a share of the keys, 16 at a time; what they found is put together.
+__device__ inline void mix_rest(const Arguments& a, const Shared& s, const Unit& unit, int stage) {
+    const int tid = threadIdx.x % kGroup, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+    const int row = lane % 8, low = lane / 8 % 2, high = lane / 16;  // of the matrices whose rows this lane has the address of
+    const uint32_t queries = shared_address(s.part(stage, 0)), keys = shared_address(s.part(stage, 1));
+    const uint32_t values = shared_address(s.part(stage, 2));
+    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {}, mixed[kHeadWidth / 8][4] = {};
+#pragma unroll 1
+    for (int first = 16 * warp; first < kMostTokens; first += 16 * kFeederWarps) {
+        float score[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < kHeadWidth / 16; ++k) {
+            uint32_t query[4], key[4];
+            load_matrices(query, queries + chunk_of(kTiled + 8 * low + row, 2 * k + high));
+            load_matrices(key, keys + chunk_of(first + 8 * high + row, 2 * k + low));
+            mma<__nv_bfloat16>(score[0], query, key[0], key[1], score[0]);
+            mma<__nv_bfloat16>(score[1], query, key[2], key[3], score[1]);
+        }
+        float before[2] = {most[0], most[1]};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float& x = score[j / 4][j % 4];
+            x = first + j / 4 * 8 + 2 * t + j % 2 < a.tokens ? kScale * x : -INFINITY;
+            most[j / 2 % 2] = fmaxf(most[j / 2 % 2], x);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+            most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+            before[r] = exp2_fast(before[r] - most[r]);
+            sum[r] *= before[r];
+        }
+        uint32_t weights[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float x = exp2_fast(score[j / 2][2 * (j % 2)] - most[j % 2]);
+            const float y = exp2_fast(score[j / 2][2 * (j % 2) + 1] - most[j % 2]);
+            sum[j % 2] += x + y;
+            weights[j] = bfloat16_pair(x, y);
+        }
+#pragma unroll
+        for (int n = 0; n < kHeadWidth / 16; ++n) {
+            uint32_t value[4];
+            load_transposed(value, values + chunk_of(first + 8 * low + row, 2 * n + high));
+#pragma unroll
+            for (int i = 0; i < 8; ++i) mixed[2 * n + i / 4][i % 4] *= before[i / 2 % 2];
+            mma<__nv_bfloat16>(mixed[2 * n], weights, value[0], value[1], mixed[2 * n]);
+            mma<__nv_bfloat16>(mixed[2 * n + 1], weights, value[2], value[3], mixed[2 * n + 1]);
+        }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
-        most[r] = kScale * fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+        if (t == 0) s.found(warp)[2 * (g + 8 * r)] = most[r], s.found(warp)[2 * (g + 8 * r) + 1] = sum[r];
     }
+    for (int begin = 0; begin < a.tokens - kTiled; begin += kRound) {
+        if (g / kRound == begin % 8 / kRound)
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {  // the tensor cores work on one while the next is weighed
-        uint32_t weights[4][4];
+            for (int j = 0; j < kHeadWidth / 8; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weigh(scores, 8 * (4 * part + i), most, total, weights[i]);
-        begin_products();
+                for (int i = 0; i < 2; ++i)
+                    s.part_of(warp)[g % kRound * kHeadWidth + 8 * j + 2 * t + i] = begin < 8 ? mixed[j][i] : mixed[j][2 + i];
+        sync_part<kGroup>(2);
+        const int query = begin + tid / kHeadWidth, column = tid % kHeadWidth;
+        if (query < a.tokens - kTiled) {
+            float all = -INFINITY, total = 0, result = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) multiply_transposed_64x64(sum, weights[i], values + (4 * part + i) * (16 * 128 >> 4));
-        commit_products();
-    }
-    uint32_t weights[4];
-    weigh(last, 0, most, total, weights);
-    begin_products();
-    multiply_transposed_64x64(sum, weights, values + (kMain * 128 >> 4));
-    commit_products();
+            for (int i = 0; i < kFeederWarps; ++i) all = fmaxf(all, s.found(i)[2 * query]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        total[r] += __shfl_xor_sync(~0u, total[r], 1);
-        total[r] += __shfl_xor_sync(~0u, total[r], 2);
-        total[r] = __fdividef(1.0f, total[r]);
-    }
-    wait_products<0>();
-    const int warp_row = threadIdx.x / 32 % 4 * 16;
-    write<kLow>(a, shared_address(own + warp_row * 128), sum, total, turn.head, tile * kQueries + warp_row);
-}
-
-// --- the other queries, by the third warpgroup ------------------------------------------------------------------------------
-
-__device__ __forceinline__ void sync_group() { sync_threads<kGroup>(); }
-
-// The product of two rows.
-__device__ inline float product_of(uint32_t a, int a_row, uint32_t b, int b_row) {
-    float sum = 0;
-#pragma unroll
-    for (int chunk = 0; chunk < 8; ++chunk) {
-        const uint4 x = load_chunk(a + chunk_of(a_row, chunk)), y = load_chunk(b + chunk_of(b_row, chunk));
-        sum += low_half(x.x) * low_half(y.x) + high_half(x.x) * high_half(y.x);
-        sum += low_half(x.y) * low_half(y.y) + high_half(x.y) * high_half(y.y);
-        sum += low_half(x.z) * low_half(y.z) + high_half(x.z) * high_half(y.z);
-        sum += low_half(x.w) * low_half(y.w) + high_half(x.w) * high_half(y.w);
-    }
-    return sum;
-}
-
-template <bool kLow>
-__device__ inline void one_query(const Arguments& a, const Shared& s, const Turn& turn, int query) {
-    const int tid = threadIdx.x % kGroup, warp = tid / 32, lane = tid % 32;
-    const uint32_t queries = shared_address(s.part(turn.stage, 0)), keys = shared_address(s.part(turn.stage, 1));
-    const uint32_t values = shared_address(s.part(turn.stage, 2));
-    float *weights = s.scratch(), *sums = weights + kMost, *of_warps = sums + 4 * kDim;
-    float score[3], most = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        const int key = i * kGroup + tid;
-        score[i] = key < a.tokens ? kScale * product_of(queries, query, keys, key) : -INFINITY;
-        most = fmaxf(most, score[i]);
-    }
-#pragma unroll
-    for (int bit = 16; bit; bit /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, bit));
-    if (lane == 0) of_warps[warp] = most;
-    sync_group();
-    most = fmaxf(fmaxf(of_warps[0], of_warps[1]), fmaxf(of_warps[2], of_warps[3]));
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        const int key = i * kGroup + tid;
-        const float weight = exp2_fast(score[i] - most);
-        if (key < kMost) weights[key] = weight;
-        total += weight;
-    }
-#pragma unroll
-    for (int bit = 16; bit; bit /= 2) total += __shfl_xor_sync(~0u, total, bit);
-    if (lane == 0) of_warps[4 + warp] = total;
-    sync_group();
-    float sum[8] = {};  // of eight columns, over every 16th key
-    const int chunk = tid % 8;
-#pragma unroll
-    for (int i = 0; i < kMost / 16; ++i) {
-        const int key = 16 * i + tid / 8;
-        const uint4 x = load_chunk(values + chunk_of(key, chunk));
-        const float weight = weights[key];
-        sum[0] += weight * low_half(x.x), sum[1] += weight * high_half(x.x);
-        sum[2] += weight * low_half(x.y), sum[3] += weight * high_half(x.y);
-        sum[4] += weight * low_half(x.z), sum[5] += weight * high_half(x.z);
-        sum[6] += weight * low_half(x.w), sum[7] += weight * high_half(x.w);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 8);
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 16);
-        if (lane < 8) sums[warp * kDim + 8 * chunk + i] = sum[i];
-    }
-    sync_group();
-    if (tid < kDim) {
-        const float all = of_warps[4] + of_warps[5] + of_warps[6] + of_warps[7];
-        const float x = __fdividef(sums[tid] + sums[kDim + tid] + sums[2 * kDim + tid] + sums[3 * kDim + tid], all);
-        const int64_t place = ((int64_t(turn.head / a.heads) * a.tokens + query) * a.heads + turn.head % a.heads) * kDim + tid;
-        if constexpr (kLow)
-            static_cast<uint8_t*>(a.out)[place] = uint8_t(e4m3_of(x * __fdividef(1.0f, __ldg(a.scale)), 0, 0, 0));
-        else
-            static_cast<__nv_bfloat16*>(a.out)[place] = __float2bfloat16_rn(x);
-    }
-    sync_group();  // before the next query uses the sums
-}
-
-// --- the kernel -------------------------------------------------------------------------------------------------------------
-
-// Behind the last use of a stage by a warp.
-__device__ __forceinline__ void release(const Shared& s, int stage) {
-    fence_async_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(s.empty(stage));
-}
-
-template <bool kLow>
-__device__ inline void compute(const Arguments& a, const Shared& s) {
-    const int group = threadIdx.x / kGroup;
-    uint32_t count = 0;
-    for (int item = blockIdx.x; item < a.items(); item += gridDim.x, ++count) {
-        const Turn turn(a, item, count);
-        wait_for(s.full(turn.stage), turn.parity);
-        for (int i = turn.part; i < kMain / kQueries / 2; i += a.parts) job<kLow>(a, s, turn, 2 * i + group);
-        release(s, turn.stage);
+            for (int i = 0; i < kFeederWarps; ++i) {
+                const float factor = exp2_fast(s.found(i)[2 * query] - all);
+                total += factor * s.found(i)[2 * query + 1];
+                result += factor * s.part_of(i)[query % kRound * kHeadWidth + column];
+            }
+            result *= __fdividef(*s.out_factor(), total);
+            const int64_t at = unit.out_offset(a, kTiled + query) + column;
+            if (a.out_scale)
+                static_cast<uint8_t*>(a.out)[at] = uint8_t(e4m3_pair(result, 0));
+            else
+                static_cast<uint16_t*>(a.out)[at] = uint16_t(bfloat16_pair(result, 0));
+            if (a.log_sums && column == 0) a.log_sums[unit.sums_offset(a, kTiled + query)] = log_sum(total, -all);
+        }
+        sync_part<kGroup>(2);  // before the next queries are written
     }
 }
 
-template <bool kLow>
-__device__ inline void fetch_and_compute_rest(const Arguments& a, const Shared& s, const TileMap& map) {
-    uint32_t count = 0;
-    const bool fetches = threadIdx.x == 2 * kGroup;
-    if (fetches && blockIdx.x < a.items()) fetch(a, s, map, blockIdx.x, 0);
-    for (int item = blockIdx.x; item < a.items(); item += gridDim.x, ++count) {
-        const int next = item + gridDim.x;
-        if (fetches && next < a.items()) fetch(a, s, map, next, count + 1);
+// One thread: the i-th unit of this block into its stage.
+__device__ inline void fetch(const Arguments& a, const Shared& s, int i) {
+    const Unit unit(a, blockIdx.x + i * gridDim.x);
+    const int stage = stage_of(i);
+    if (i >= kStages) wait_for(s.free(stage), parity_of(i) ^ 1);
+    for (int part = 0; part < 3; ++part) {
+        uint64_t* there = part < 2 ? s.keys_there(stage) : s.values_there(stage);
+        if (part != 1) expect_bytes(there, part ? kPartBytes : 2 * kPartBytes);
+        for (int box = 0; box < 2; ++box)
+            copy_box(s.part(stage, part) + box * kBoxBytes, &a.qkv, (part * a.heads + unit.head) * kHeadWidth, box * kBoxTokens,
+                     unit.sample, there);
+    }
+}
+
+// The third warpgroup.
+__device__ inline void feed(const Arguments& a, const Shared& s) {
+    const bool fetches = threadIdx.x % kGroup == 0;
+    if (fetches) fetch(a, s, 0);
+    for (int u = blockIdx.x, i = 0; u < a.units; u += gridDim.x, ++i) {
+        const Unit unit(a, u);
+        const int stage = stage_of(i);
+        if (fetches && u + int(gridDim.x) < a.units) fetch(a, s, i + 1);
         __syncwarp();
-        const Turn turn(a, item, count);
-        wait_for(s.full(turn.stage), turn.parity);
-        if (turn.part == 0)
-            for (int query = kMain; query < a.tokens; ++query) one_query<kLow>(a, s, turn, query);
-        release(s, turn.stage);
+        wait_for(s.keys_there(stage), parity_of(i));
+        wait_for(s.values_there(stage), parity_of(i));
+        if (unit.has_rest && a.tokens > kTiled) mix_rest(a, s, unit, stage);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(s.free(stage));
     }
 }
 
-template <bool kLow>
-static __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Arguments a, const __grid_constant__ TileMap map) {
+template <int kRest>
+static __global__ void __launch_bounds__(kBlockThreads, 1) kernel(const __grid_constant__ Arguments a) {
     const Shared s{aligned_shared()};
+    const int group = threadIdx.x / kGroup;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), kThreads / 32);
+        prefetch_map(&a.qkv);
+        for (int i = 0; i < kStages; ++i)
+            init_barrier(s.keys_there(i), 1), init_barrier(s.values_there(i), 1), init_barrier(s.free(i), kBlockThreads / 32);
+        for (int i = 0; i < kMixers; ++i) init_barrier(s.turn(i), kGroup / 32);
         publish_barriers();
     }
-    __syncthreads();
     wait_for_inputs();
     let_next_start();
-    if (threadIdx.x < 2 * kGroup) {
-        take_registers<216>();
-        compute<kLow>(a, s);
+    if (threadIdx.x == 0) *s.out_factor() = a.out_scale ? 1 / *a.out_scale : 1;
+    sync_threads<kBlockThreads>();
+    if (group < kMixers) {
+        take_registers<kMixerRegisters>();
+        mix<kRest>(a, s, group);
     } else {
-        give_registers<72>();
-        fetch_and_compute_rest<kLow>(a, s, map);
+        give_registers<kFeederRegisters>();
+        feed(a, s);
     }
 }
 

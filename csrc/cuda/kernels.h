@@ -100,9 +100,11 @@ void layer_stack(void* h, uint8_t* stream, uint8_t* qkv, uint8_t* mixed, uint8_t
                  const uint8_t* weights, const float* vectors, uint32_t* counters, int64_t rows, int64_t tokens,
                  int64_t layers, float eps, int64_t* times, int device, cudaStream_t cuda_stream);
 
-// qkv (samples, tokens, 3 heads 64) in bfloat16 -> out (samples, tokens, heads 64) in bfloat16, or with out_scale in e4m3, divided by
-// it; 256 to 272 tokens. early: it may start before the kernel in front of it ends. Only for compute capability 9.0.
-void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, const float* out_scale, void* out, bool early,
-               int device, cudaStream_t stream);
+// softmax(q k^T / 8) v of all heads of width 64: qkv (samples, tokens, 3 heads 64) in bfloat16, 256 to 272 tokens -> out (samples,
+// tokens, heads 64) in bfloat16, or with out_scale, one float32, e4m3 of the result divided by it. log_sums: float32 (samples, heads,
+// tokens), logarithms of the sums of exponentials, or null. early: it may start before the kernel in front of it ends.
+// Only for compute capability 9.0.
+void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, const float* out_scale, void* out, float* log_sums,
+               bool early, int device, cudaStream_t stream);
 
 }  // namespace bldm::cuda

@@ -1,5 +1,5 @@
-// Products of a warpgroup in bfloat16 for compute capability 9.0, copies of tiles by the tensor memory accelerator, and registers
-// that warpgroups give each other; beside cluster.cuh. tests/emulator/cuda/warpgroup.cuh has the same functions for the CPU.
+// For kernels whose warpgroups have roles of their own, for compute capability 9.0: copies of boxes of a tensor, products in
+// bfloat16, registers that move between warpgroups. tests/emulator/cuda/warpgroup.cuh has the same functions for the CPU.
 #pragma once
 
 #include <cuda.h>
@@ -8,19 +8,26 @@
 
 namespace bldm::cuda {
 
-using TileMap = CUtensorMap;
+using TensorMap = CUtensorMap;
 
-// The tile of a three-dimensional tensor that begins at these coordinates, 0 beyond its ends, to shared memory; the barrier
-// expects the bytes of a whole tile.
-__device__ __forceinline__ void copy_tile(void* to, const TileMap& map, int x, int y, int z, uint64_t* barrier) {
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// The map's box from (x, y, z) on into shared memory, in the map's swizzle; zeros where the tensor ends. The barrier expects all
+// bytes of the box, these too.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
             shared_address(to)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
         : "memory");
 }
 
-// The registers of a thread, for all threads of a warpgroup.
+// The stream's next kernel may start where there is room; for what this one writes, it waits all the same.
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// From here on, a thread of this warpgroup has as many registers; whoever takes more waits for those who give.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -30,107 +37,105 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The next kernel of the stream may start.
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// d = a b^T for 16 of k, or what is added to d, in bfloat16: operands of 128-byte rows as in cluster.cuh. Thread 4 g + t of warp w has rows
-// 16 w + g + 8 (i / 2 % 2) and columns 8 (i / 4) + 2 t + i % 2.
-template <bool kAdds>
-__device__ __forceinline__ void multiply_64x256(float (&d)[128], uint32_t a, uint32_t b) {
-    if constexpr (kAdds)
-        asm volatile(
-            "{\n\t.reg .pred p;\n\t.reg .b64 a, b;\n\tmov.b64 a, {%128, 0x40000040};\n\tmov.b64 b, {%129, 0x40000040};\n\t"
-            "setp.ne.b32 p, 1, 0;\n\twgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-            "}, a, b, p, 1, 1, 0, 0;\n\t}"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-          "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-          "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
-          "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
-          "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-          "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-          "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
-          "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-          "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-            : "r"(a), "r"(b));
-    else
-        asm volatile(
-            "{\n\t.reg .pred p;\n\t.reg .b64 a, b;\n\tmov.b64 a, {%128, 0x40000040};\n\tmov.b64 b, {%129, 0x40000040};\n\t"
-            "setp.ne.b32 p, 0, 0;\n\twgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-            "}, a, b, p, 1, 1, 0, 0;\n\t}"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7]),
-          "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]), "=f"(d[14]), "=f"(d[15]),
-          "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]), "=f"(d[21]), "=f"(d[22]), "=f"(d[23]),
-          "=f"(d[24]), "=f"(d[25]), "=f"(d[26]), "=f"(d[27]), "=f"(d[28]), "=f"(d[29]), "=f"(d[30]), "=f"(d[31]),
-          "=f"(d[32]), "=f"(d[33]), "=f"(d[34]), "=f"(d[35]), "=f"(d[36]), "=f"(d[37]), "=f"(d[38]), "=f"(d[39]),
-          "=f"(d[40]), "=f"(d[41]), "=f"(d[42]), "=f"(d[43]), "=f"(d[44]), "=f"(d[45]), "=f"(d[46]), "=f"(d[47]),
-          "=f"(d[48]), "=f"(d[49]), "=f"(d[50]), "=f"(d[51]), "=f"(d[52]), "=f"(d[53]), "=f"(d[54]), "=f"(d[55]),
-          "=f"(d[56]), "=f"(d[57]), "=f"(d[58]), "=f"(d[59]), "=f"(d[60]), "=f"(d[61]), "=f"(d[62]), "=f"(d[63]),
-          "=f"(d[64]), "=f"(d[65]), "=f"(d[66]), "=f"(d[67]), "=f"(d[68]), "=f"(d[69]), "=f"(d[70]), "=f"(d[71]),
-          "=f"(d[72]), "=f"(d[73]), "=f"(d[74]), "=f"(d[75]), "=f"(d[76]), "=f"(d[77]), "=f"(d[78]), "=f"(d[79]),
-          "=f"(d[80]), "=f"(d[81]), "=f"(d[82]), "=f"(d[83]), "=f"(d[84]), "=f"(d[85]), "=f"(d[86]), "=f"(d[87]),
-          "=f"(d[88]), "=f"(d[89]), "=f"(d[90]), "=f"(d[91]), "=f"(d[92]), "=f"(d[93]), "=f"(d[94]), "=f"(d[95]),
-          "=f"(d[96]), "=f"(d[97]), "=f"(d[98]), "=f"(d[99]), "=f"(d[100]), "=f"(d[101]), "=f"(d[102]), "=f"(d[103]),
-          "=f"(d[104]), "=f"(d[105]), "=f"(d[106]), "=f"(d[107]), "=f"(d[108]), "=f"(d[109]), "=f"(d[110]), "=f"(d[111]),
-          "=f"(d[112]), "=f"(d[113]), "=f"(d[114]), "=f"(d[115]), "=f"(d[116]), "=f"(d[117]), "=f"(d[118]), "=f"(d[119]),
-          "=f"(d[120]), "=f"(d[121]), "=f"(d[122]), "=f"(d[123]), "=f"(d[124]), "=f"(d[125]), "=f"(d[126]), "=f"(d[127])
-            : "r"(a), "r"(b));
-}
-template <bool kAdds>
-__device__ __forceinline__ void multiply_64x16(float (&d)[8], uint32_t a, uint32_t b) {
-    if constexpr (kAdds)
-        asm volatile(
-            "{\n\t.reg .pred p;\n\t.reg .b64 a, b;\n\tmov.b64 a, {%8, 0x40000040};\n\tmov.b64 b, {%9, 0x40000040};\n\t"
-            "setp.ne.b32 p, 1, 0;\n\twgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-            "}, a, b, p, 1, 1, 0, 0;\n\t}"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-            : "r"(a), "r"(b));
-    else
-        asm volatile(
-            "{\n\t.reg .pred p;\n\t.reg .b64 a, b;\n\tmov.b64 a, {%8, 0x40000040};\n\tmov.b64 b, {%9, 0x40000040};\n\t"
-            "setp.ne.b32 p, 0, 0;\n\twgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-            "}, a, b, p, 1, 1, 0, 0;\n\t}"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7])
-            : "r"(a), "r"(b));
+// The kThreads threads that have this barrier for themselves; 0 and 1 are taken.
+template <int kThreads>
+__device__ __forceinline__ void sync_part(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
-// The same with a in registers, as mma.cuh has it of a warp's 16 rows, and b of 16 rows of 64 columns.
-__device__ __forceinline__ void multiply_transposed_64x64(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
-    asm volatile(
-        "{\n\t.reg .b64 b;\n\tmov.b64 b, {%36, 0x40000040};\n\t"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, b, 1, 1, 1, 1;\n\t}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
+
+__device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+__device__ __forceinline__ uint16_t e4m3_pair(float low, float high) {
+    uint16_t both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// Operands of the products below are rows of 64 values as `operand` has them. A thread has of results what it has in
+// `multiply_64x56`. All instructions of a product are in one asm, with the fence in front of them, so that the compiler
+// computes none of their registers behind it.
+#define BLDM_TEN(p) "%" p "0, %" p "1, %" p "2, %" p "3, %" p "4, %" p "5, %" p "6, %" p "7, %" p "8, %" p "9, "
+#define BLDM_HUNDRED                                                                                                           \
+    BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") BLDM_TEN("3") BLDM_TEN("4") BLDM_TEN("5") BLDM_TEN("6") BLDM_TEN("7") BLDM_TEN("8") \
+    BLDM_TEN("9")
+#define BLDM_4(as, d, i) as(d[i]), as(d[i + 1]), as(d[i + 2]), as(d[i + 3])
+#define BLDM_16(as, d, i) BLDM_4(as, d, i), BLDM_4(as, d, i + 4), BLDM_4(as, d, i + 8), BLDM_4(as, d, i + 12)
+#define BLDM_64(as, d, i) BLDM_16(as, d, i), BLDM_16(as, d, i + 16), BLDM_16(as, d, i + 32), BLDM_16(as, d, i + 48)
+
+// 16 of k: `at` is where they are in the rows, in units of 16 bytes; `add` whether results are added to.
+#define BLDM_SCORES_STEP(at, add, rest_shape, rest, a, b)                                                                       \
+    "add.u32 x, %" a ", " at ";\n\tadd.u32 y, %" b ", " at ";\n\tadd.u32 z, y, 2048;\n\t"                                       \
+    "mov.b64 a, {x, 0x40000040};\n\tmov.b64 b, {y, 0x40000040};\n\tmov.b64 c, {z, 0x40000040};\n\t"                             \
+    "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" BLDM_HUNDRED BLDM_TEN("10") BLDM_TEN("11")                        \
+    "%120, %121, %122, %123, %124, %125, %126, %127}, a, b, " add ", 1, 1, 0, 0;\n\t"                                           \
+    "wgmma.mma_async.sync.aligned." rest_shape ".f32.bf16.bf16 {" rest "}, a, c, " add ", 1, 1, 0, 0;\n\t"
+#define BLDM_SCORES(shape, rest, a, b)                                                                                         \
+    "{\n\t.reg .b32 x, y, z;\n\t.reg .b64 a, b, c;\n\twgmma.fence.sync.aligned;\n\t"                                           \
+    BLDM_SCORES_STEP("0", "0", shape, rest, a, b) BLDM_SCORES_STEP("2", "1", shape, rest, a, b)                                 \
+    BLDM_SCORES_STEP("4", "1", shape, rest, a, b) BLDM_SCORES_STEP("6", "1", shape, rest, a, b)                                 \
+    "wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;\n\t}"
+
+// a b^T over 64 of k, a of 64 rows, b of 256 and, right behind them, 8 or 16; waits for the results.
+__device__ __forceinline__ void multiply_scores(float (&d)[128], float (&rest)[4], uint32_t a, uint32_t b) {
+    asm volatile(BLDM_SCORES("m64n8k16", "%128, %129, %130, %131", "132", "133")
+                 : BLDM_64("=f", d, 0), BLDM_64("=f", d, 64), BLDM_4("=f", rest, 0)
+                 : "r"(a), "r"(b)
+                 : "memory");
+}
+__device__ __forceinline__ void multiply_scores(float (&d)[128], float (&rest)[8], uint32_t a, uint32_t b) {
+    asm volatile(BLDM_SCORES("m64n16k16", "%128, %129, %130, %131, %132, %133, %134, %135", "136", "137")
+                 : BLDM_64("=f", d, 0), BLDM_64("=f", d, 64), BLDM_4("=f", rest, 0), BLDM_4("=f", rest, 4)
+                 : "r"(a), "r"(b)
+                 : "memory");
+}
+
+// Here rows are k, 16 of them 2048 bytes; the last 1 says so.
+#define BLDM_VALUES_STEP(at, weights, b)                                                                                       \
+    "add.u32 x, %" b ", " at ";\n\tmov.b64 b, {x, 0x40000040};\n\t"                                                             \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") "%30, %31}, {" weights     \
+    "}, b, 1, 1, 1, 1;\n\t"
+#define BLDM_VALUES_BEGIN "{\n\t.reg .b32 x;\n\t.reg .b64 b;\n\twgmma.fence.sync.aligned;\n\t"
+#define BLDM_VALUES_END "wgmma.commit_group.sync.aligned;\n\t}"
+
+// d += a b: a of 64 rows and 64 or 16 of k in registers, in pairs of neighbours (of 16 of k, rows i % 2 * 8 and k i / 2 * 8 on),
+// b of as many rows with 64 columns. It goes on behind the call, until `wait_values`.
+__device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[16], uint32_t b) {
+    asm volatile(BLDM_VALUES_BEGIN BLDM_VALUES_STEP("0", "%32, %33, %34, %35", "48")
+                     BLDM_VALUES_STEP("128", "%36, %37, %38, %39", "48") BLDM_VALUES_STEP("256", "%40, %41, %42, %43", "48")
+                         BLDM_VALUES_STEP("384", "%44, %45, %46, %47", "48") BLDM_VALUES_END
+                 : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)
+                 : BLDM_16("r", a, 0), "r"(b)
+                 : "memory");
+}
+__device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+    asm volatile(BLDM_VALUES_BEGIN BLDM_VALUES_STEP("0", "%32, %33, %34, %35", "36") BLDM_VALUES_END
+                 : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)
+                 : BLDM_4("r", a, 0), "r"(b)
+                 : "memory");
+}
+// Until all products have ended, those that lead to d among them.
+__device__ __forceinline__ void wait_values(float (&d)[32]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)::"memory");
+}
+
+#undef BLDM_TEN
+#undef BLDM_HUNDRED
+#undef BLDM_4
+#undef BLDM_16
+#undef BLDM_64
+#undef BLDM_SCORES_STEP
+#undef BLDM_SCORES
+#undef BLDM_VALUES_STEP
+#undef BLDM_VALUES_BEGIN
+#undef BLDM_VALUES_END
 
 }  // namespace bldm::cuda

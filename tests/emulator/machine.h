@@ -35,6 +35,7 @@ struct Warp : Meeting {
 };
 
 struct Block : Meeting {
+    Meeting parts[16];  // of the block's threads
     std::vector<uint8_t> memory;
     uint8_t* shared;  // aligned
     std::unordered_map<uint64_t, Barrier> barriers;  // by their offset in shared memory
@@ -49,6 +50,7 @@ struct Fiber {
     const uint32_t* watched = nullptr;  // it waits while this number is `value`, or (at_least) below it
     uint32_t value = 0;
     bool at_least = false;
+    std::vector<std::function<void()>> products;  // that it has started and not waited for
     bool waits() const { return watched && (at_least ? *watched < value : *watched == value); }
 };
 
@@ -164,6 +166,7 @@ inline void launch(int blocks, int threads, int cluster, size_t shared_bytes, un
         fiber.stack_pointer = top;
     }
     std::mt19937 random(seed);
+    const unsigned slowness = seed % 2 ? 40 : 3;  // of copies, in turns
     int left = blocks * threads, quiet = 0;
     while (left) {
         const uint64_t before = machine.progress;
@@ -179,7 +182,7 @@ inline void launch(int blocks, int threads, int cluster, size_t shared_bytes, un
         std::vector<std::function<void()>> under_way;
         under_way.swap(machine.copies);
         for (auto& copied : under_way)
-            if (random() % 3)
+            if (random() % slowness)
                 machine.copies.push_back(copied);
             else
                 copied();

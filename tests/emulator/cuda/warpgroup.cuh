@@ -1,78 +1,103 @@
-// The functions of csrc/cuda/warpgroup.cuh on the machine of machine.h.
+// The functions of csrc/cuda/warpgroup.cuh, on the machine of machine.h.
 #pragma once
+
+#include <array>
 
 #include "cuda/cluster.cuh"
 
-inline void __syncthreads() { emulator::meet(emulator::machine.block(), emulator::machine.threads); }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {to_bfloat16(x)}; }
-
 namespace bldm::cuda {
 
-// A tensor (z, y, x) of bfloat16 and the tile of it that is copied: `rows` of y, 64 of x.
-struct TileMap {
-    const uint8_t* from;
+// Of bfloat16: values in a row, rows, samples, from a base on; boxes of 64 values of a number of rows.
+struct TensorMap {
+    const uint16_t* base;
     int sizes[3], rows;
 };
 
-inline void copy_tile(void* to, const TileMap& map, int x, int y, int z, uint64_t* barrier) {
-    const uint32_t address = shared_address(to);
-    emulator::expect(address % 1024 == 0, "a tile whose swizzle does not begin with it");
-    emulator::expect(x % 64 == 0 && x + 64 <= map.sizes[0] && z < map.sizes[2], "a tile beyond the tensor");
+inline void prefetch_map(const TensorMap*) {}
+
+// The 128-byte swizzle is one of addresses: bits 4 to 6 are changed by bits 7 to 9.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
+    const uint32_t address = shared_address(to), bytes = map->rows * 128;
+    emulator::expect(address % 1024 == 0, "a box at no multiple of 1024 bytes");
+    uint8_t* shared = machine.block().shared;
     emulator::Barrier* b = &emulator::barrier(machine.current->block, machine.offset(barrier));
-    uint8_t* base = static_cast<uint8_t*>(to);
-    const TileMap from = map;
-    machine.copies.push_back([=] {
-        for (int row = 0; row < from.rows; ++row)
-            for (int chunk = 0; chunk < 8; ++chunk) {
-                uint8_t* place = base + row * 128 + (chunk ^ row % 8) * 16;
-                if (y + row < from.sizes[1])
-                    std::memcpy(place, from.from + ((int64_t(z) * from.sizes[1] + y + row) * from.sizes[0] + x) * 2 + chunk * 16, 16);
-                else
-                    std::memset(place, 0, 16);
+    machine.copies.push_back([=, map = *map] {
+        const auto& sizes = map.sizes;
+        for (int row = 0; row < map.rows; ++row)
+            for (int i = 0; i < 64; ++i) {
+                const bool inside = x + i < sizes[0] && y + row < sizes[1] && z < sizes[2];
+                const uint16_t value = inside ? map.base[(int64_t(z) * sizes[1] + y + row) * sizes[0] + x + i] : 0;
+                std::memcpy(shared + swizzled(address + row * 128 + i * 2) - kFirstAddress, &value, 2);
             }
-        b->bytes -= from.rows * 128;
+        b->bytes -= bytes;
         emulator::end_phase_if_complete(*b);
     });
 }
 
+inline void wait_for_inputs() {}
+inline void let_next_start() {}
 template <int kRegisters>
 void take_registers() {}
 template <int kRegisters>
 void give_registers() {}
-inline void wait_for_inputs() {}
-inline void let_next_start() {}
+template <int kThreads>
+void sync_part(int barrier) { emulator::meet(machine.block().parts[barrier], kThreads); }
 
-inline float of_halves(uint32_t operand, int row, int column) {
-    const uint32_t address = (operand << 4) + row * 128 + column * 2;
-    return from_bfloat16(*reinterpret_cast<const uint16_t*>(at(address ^ (address >> 7 & 7) << 4)));
+inline float log2_fast(float x) { return std::log2(x); }
+inline uint32_t bfloat16_pair(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
+inline uint16_t e4m3_pair(float low, float high) { return uint16_t(to_e4m3(low) | to_e4m3(high) << 8); }
+
+// Element (row, column) of a matrix of 128-byte rows, 8 of them in 1024 bytes.
+inline float of_matrix(uint32_t operand, int row, int column) {
+    uint16_t value;
+    std::memcpy(&value, at(swizzled(((operand & 0x3FFF) << 4) + row / 8 * 1024 + row % 8 * 128 + column * 2)), 2);
+    return from_bfloat16(value);
 }
 
-template <bool kAdds, int kCount>
-void multiply(float (&d)[kCount], uint32_t a, uint32_t b) {
+template <int kRest>
+void multiply_scores(float (&d)[128], float (&rest)[kRest], uint32_t a, uint32_t b) {
     const int lane = machine.lane(), g = lane / 4, t = lane % 4, warp = machine.current->thread / 32 % 4;
-    for (int i = 0; i < kCount; ++i) {
-        if (!kAdds) d[i] = 0;
-        for (int k = 0; k < 16; ++k)
-            d[i] += of_halves(a, 16 * warp + g + 8 * (i / 2 % 2), k) * of_halves(b, 8 * (i / 4) + 2 * t + i % 2, k);
+    float rows[2][64];
+    for (int i = 0; i < 2; ++i)
+        for (int k = 0; k < 64; ++k) rows[i][k] = of_matrix(a, 16 * warp + g + 8 * i, k);
+    for (int i = 0; i < 128 + kRest; i += i % 2 ? 3 : 1) {  // columns of the upper row
+        const int column = 8 * (i / 4) + 2 * t + i % 2;
+        float upper = 0, lower = 0;
+        for (int k = 0; k < 64; ++k) {
+            const float x = of_matrix(b, column, k);
+            upper += rows[0][k] * x, lower += rows[1][k] * x;
+        }
+        float* to = i < 128 ? d + i : rest + i - 128;
+        to[0] = upper, to[2] = lower;
     }
 }
-template <bool kAdds>
-void multiply_64x256(float (&d)[128], uint32_t a, uint32_t b) { multiply<kAdds>(d, a, b); }
-template <bool kAdds>
-void multiply_64x16(float (&d)[8], uint32_t a, uint32_t b) { multiply<kAdds>(d, a, b); }
 
-// The lanes of a quad show each other their parts of its rows.
-inline void multiply_transposed_64x64(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+// What a product reads in shared memory it may read as late as when it is waited for.
+template <int kWords>
+void multiply_values(float (&d)[32], const uint32_t (&a)[kWords], uint32_t b) {
+    const int t = machine.lane() % 4, quad = machine.lane() / 4 * 4;
+    std::array<std::array<float, 4 * kWords>, 2> rows;  // k of rows g and g + 8
     auto& words = emulator::warp().words;
-    const int lane = machine.lane(), g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) words[lane][i] = a[i];
-    emulator::meet_warp();
-    for (int i = 0; i < 32; ++i)
-        for (int k = 0; k < 16; ++k) {
-            const uint32_t both = words[4 * g + k % 8 / 2][i / 2 % 2 + k / 8 * 2];
-            d[i] += from_bfloat16(uint16_t(k % 2 ? both >> 16 : both)) * of_halves(b, k, 8 * (i / 4) + 2 * t + i % 2);
-        }
-    emulator::meet_warp();
+    for (int step = 0; step < kWords / 4; ++step) {
+        for (int i = 0; i < 4; ++i) words[machine.lane()][i] = a[4 * step + i];
+        emulator::meet_warp();
+        for (int k = 0; k < 16; ++k)
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t word = words[quad + k % 8 / 2][k / 8 * 2 + i];
+                rows[i][16 * step + k] = from_bfloat16(uint16_t(word >> k % 2 * 16));
+            }
+        emulator::meet_warp();
+    }
+    machine.current->products.push_back([=, &d] {
+        for (int i = 0; i < 32; ++i)
+            for (int k = 0; k < 4 * kWords; ++k) d[i] += rows[i / 2 % 2][k] * of_matrix(b, k, 8 * (i / 4) + 2 * t + i % 2);
+    });
+}
+inline void wait_values(float (&)[32]) {
+    for (auto& product : machine.current->products) product();
+    machine.current->products.clear();
 }
 
 }  // namespace bldm::cuda
