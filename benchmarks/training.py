@@ -7,12 +7,13 @@ Writes benchmarks/results/training_<device>.json, one entry a part and number of
 
 - reference: the model of accelerate_models.py under autocast and torch.compile, the paper's objective on float32 bits in
   PyTorch, AdamW.
-- bldm: what `bldm train --compile` runs: `BinaryDenoiser`, `DiffusionLoss` on packed bits, `Learner` (clipping and the moving
-  average of the weights included).
+- bldm: what `bldm train --compile` runs: `BinaryDenoiser`, `DiffusionLoss` on packed bits, `Learner` (forward and backward as
+  CUDA graphs; clipping and the moving average of the weights included).
 - objective: noise, loss and gradient alone, for logits that are there already.
 
 Run as a module: a script in this folder would find accelerate.py here instead of the library.
-Steps are timed by events, the median of several; memory is the peak of allocated bytes while they run.
+Steps are timed by events, the median of several; memory is the most that PyTorch holds of the GPU while they run, as what a CUDA
+graph uses is not counted as allocated.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 from accelerate import Accelerator
 from bldm.denoiser import BinaryDenoiser
 from bldm.losses import DiffusionLoss
+from bldm.training.graph import WARM_UP
 from bldm.training.learner import Learner
 from bldm.training.options import TrainOptions
 from torch import Tensor, nn
@@ -93,7 +95,11 @@ def timed(step: Callable[[int], Any], steps: int, warmup: int) -> Row:
     for i in range(warmup):
         step(i)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    for i in range(2):  # memory comes back
+        step(warmup + i)
+    torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     began = time.perf_counter()
     events[0].record()
@@ -104,7 +110,7 @@ def timed(step: Callable[[int], Any], steps: int, warmup: int) -> Row:
     torch.cuda.synchronize()
     whole = 1e3 * (time.perf_counter() - began) / steps
     ms = statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
-    return {"ms": ms, "host_ms": host, "mean_ms": whole, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    return {"ms": ms, "host_ms": host, "mean_ms": whole, "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
 
 
 def graph_ms(call: Callable[[], Any], calls: int = 20) -> float:
@@ -196,7 +202,7 @@ def bldm(device: torch.device, steps: int, **changes: Any) -> Row:
             loss = criterion(learner.module, packed, BITS, seed=accel.process_index, step=i)["loss"]
         learner.update(loss, i, 1e-4)
 
-    return timed(step, steps, 3)
+    return timed(step, steps, WARM_UP + 2)
 
 
 PARTS: dict[str, Callable[[torch.device, int], Row]] = {"objective": objective, "reference": reference, "bldm": bldm}

@@ -41,15 +41,31 @@ def supports(qkv: Tensor, num_heads: int) -> bool:
 
 
 def supports_whole_heads(qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> bool:
-    """Whether the CUDA kernel for a few more than 256 tokens takes this input."""
-    fits = qkv.shape[1] in WHOLE_HEAD_TOKENS and qkv.shape[2] == 3 * num_heads * WHOLE_HEAD_DIM and key_mask is None
-    if not fits or len(qkv) * num_heads < MANY_WHOLE_HEADS:
+    """Whether the CUDA kernel for a few more than 256 tokens takes this input, and is the faster one."""
+    return key_mask is None and len(qkv) * num_heads >= MANY_WHOLE_HEADS and takes_whole_heads(qkv, num_heads)
+
+
+def takes_whole_heads(qkv: Tensor, num_heads: int) -> bool:
+    if qkv.shape[1] not in WHOLE_HEAD_TOKENS or qkv.shape[2] != 3 * num_heads * WHOLE_HEAD_DIM or not len(qkv):
         return False
     if not qkv.is_cuda or qkv.dtype != torch.bfloat16 or qkv.data_ptr() % 16:
         return False
     if dispatch.forced_backend() not in (None, "cuda") or not hasattr(load_part("cuda")[0], "attention"):
         return False
     return torch.cuda.get_device_capability(qkv.device) == (9, 0)
+
+
+def whole_heads(
+    qkv: Tensor, num_heads: int, out_scale: Tensor | None = None, log_sums: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """`attention` by the CUDA kernel of whole heads, which also fills log_sums, float32 (B, heads, T): the natural logarithms
+    of the sums of exponentials."""
+    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3, dtype=qkv.dtype if out_scale is None else E4M3)
+    scale, sums = (0 if x is None else x.data_ptr() for x in (out_scale, log_sums))
+    stream = torch.cuda.current_stream(qkv.device).cuda_stream
+    native: Any = load_part("cuda")[0]
+    native.attention(qkv.data_ptr(), *qkv.shape[:2], num_heads, scale, out.data_ptr(), sums, pdl, qkv.get_device(), stream)
+    return out
 
 
 def attention(
@@ -79,12 +95,7 @@ def attention(
         )
     _check_common(qkv, "qkv", qkv.shape[:2], key_mask, out_scale)
     if supports_whole_heads(qkv, num_heads, key_mask):
-        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3, dtype=qkv.dtype if out_scale is None else E4M3)
-        scale = 0 if out_scale is None else out_scale.data_ptr()
-        stream = torch.cuda.current_stream(qkv.device).cuda_stream
-        native: Any = load_part("cuda")[0]
-        native.attention(qkv.data_ptr(), *qkv.shape[:2], num_heads, scale, out.data_ptr(), 0, pdl, qkv.get_device(), stream)
-        return out
+        return whole_heads(qkv, num_heads, out_scale, pdl=pdl)
     if supports(qkv, num_heads):
         from .triton import attention as kernels
 

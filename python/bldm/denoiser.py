@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bldm_kernels as bk
+from bldm_kernels.training.attention import attention, fits
+from bldm_kernels.training.gelu import bias_gelu
 
 from .checkpoint import PretrainedModel
 from .parts import part
@@ -75,7 +77,13 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each scaled by a learned vector (LayerScale); cross attention to text between them, if any."""
+    """Pre-norm attention and MLP, each scaled by a learned vector (LayerScale); cross attention to text between them, if any.
+
+    Attributes:
+        fused: in training, take the operators of `bldm_kernels.training`; for bfloat16 on a GPU, within a CUDA graph.
+    """
+
+    fused = False
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: int, dropout: float, text_width: int | None = None):
         super().__init__()
@@ -94,10 +102,15 @@ class Block(nn.Module):
     ) -> Tensor:
         with part("norm"):
             h = self.norm1(x)
-        with part("qkv"):
-            q, k, v = self.qkv(h).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        with part("attention"):
-            h = attend(q, k, v, mask)
+        fused = self.fused and self.training
+        if fused and mask is None and fits(x.shape[1], x.shape[2], self.num_heads):
+            with part("attention"):
+                h = attention(h, self.qkv.weight, self.qkv.bias, self.num_heads)
+        else:
+            with part("qkv"):
+                q, k, v = self.qkv(h).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+            with part("attention"):
+                h = attend(q, k, v, mask)
         with part("proj"):
             x = x + F.dropout(self._scaled(self.proj, self.gamma1, h), self.dropout, self.training)
         if self.cross is not None:
@@ -107,7 +120,8 @@ class Block(nn.Module):
         with part("norm"):
             h = self.norm2(x)
         with part("mlp"):
-            h = self.mlp[1](self.mlp[0](h))
+            up, gelu = self.mlp[0], self.mlp[1]
+            h = bias_gelu(F.linear(h, up.weight), up.bias) if fused else gelu(up(h))  # type: ignore[arg-type]
             return x + F.dropout(self._scaled(self.mlp[2], self.gamma2, h), self.dropout, self.training)
 
     def _scaled(self, linear: Any, gamma: Tensor, x: Tensor) -> Tensor:

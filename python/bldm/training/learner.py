@@ -11,7 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..autoencoder import BinaryAutoencoder
+from ..denoiser import BinaryDenoiser, Block
 from . import sharding
+from .graph import Graphed
 from .options import TrainOptions
 from .update import FlatAdamW
 
@@ -24,6 +26,9 @@ class Learner:
 
     Under "bf16" forward and backward run on a copy of the model in bfloat16, refreshed after every step, so that no activation
     and no gradient is float32; AdamW, clipping and the average work on the float32 weights (Micikevicius et al. 2018).
+
+    On a GPU a denoiser's forward and backward are CUDA graphs, unless its weights are sharded; on compute capability 9.0, in
+    bfloat16, with the operators of `bldm_kernels.training`.
 
     Args:
         model: what learns, without buffers; moved to the device, in training mode.
@@ -58,8 +63,13 @@ class Learner:
             self.ema.module.eval()
             self.copy = copy.deepcopy(model).to(torch.bfloat16) if bf16 else None
             self.optimizer = FlatAdamW(model, self.ema.module, self.copy, betas, options.weight_decay)
+            computes = model if self.copy is None else self.copy
+            if isinstance(model, BinaryDenoiser) and accel.device.type == "cuda":
+                if bf16 and torch.cuda.get_device_capability(accel.device) == (9, 0):
+                    fuse_blocks(computes)
+                computes = Graphed(computes)
             # Not placed on the device again, which could give the parameters memory of their own.
-            self.module = accel.prepare_model(model if self.copy is None else self.copy, device_placement=False)
+            self.module = accel.prepare_model(computes, device_placement=False)
         if options.compile:
             compile_blocks(model if self.copy is None else self.copy)
 
@@ -131,6 +141,12 @@ class Learner:
             self.optimizer.refresh()
         else:
             self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.fused = True
 
 
 def compile_blocks(model: nn.Module) -> None:
