@@ -45,10 +45,9 @@ def _gradient(
     q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, -1))
     g, o, scale = _heads(grad.contiguous(), num_heads), _heads(out, num_heads), q.shape[-1] ** -0.5
     if _by_kernels(qkv, num_heads):
-        none, number = qkv.new_empty(0), torch.zeros((), dtype=torch.int64, device=qkv.device)
-        tokens = x.shape[1]
+        seed, tokens = torch.zeros((), dtype=torch.int64, device=qkv.device), x.shape[1]  # of a dropout that there is not
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-        parts = cudnn(g, q, k, v, o, log_sums, number, number, none, none, none, tokens, tokens, 0.0, False, scale=scale)
+        parts = cudnn(g, q, k, v, o, log_sums, seed, seed, None, None, None, tokens, tokens, 0.0, False, scale=scale)
     else:
         q, k, v, g, o = (part.to(log_sums.dtype) for part in (q, k, v, g, o))
         weights = torch.exp(q @ k.mT * scale - log_sums)

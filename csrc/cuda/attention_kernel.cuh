@@ -3,11 +3,12 @@
 //
 // A block stays on its multiprocessor and takes heads (or halves of them) in turn. Two of its warpgroups, the mixers, have 64 of
 // the first 256 queries at a time. The third brings the next head's queries, keys and values while the others work on this one,
-// and computes the few queries behind the 256th with the products of single warps, 16 rows instead of 64. The tensor cores and
-// the units of exponentials need about as long as one another for a head, so the mixers take turns with the exponentials:
+// and computes the few queries behind the 256th, on which a tile of 64 would be spent: a single one without tensor cores, several
+// with the products of single warps. The tensor cores and the units of exponentials need about as long as one another for a head, so the mixers take turns with the exponentials:
 // meanwhile the other one multiplies.
 #pragma once
 
+#include "cuda/lanes.cuh"
 #include "cuda/warpgroup.cuh"
 
 namespace bldm::cuda::attend {
@@ -65,6 +66,8 @@ struct Shared {
     // weights, and of kRound at a time the mixed values.
     __device__ float* found(int warp) const { return reinterpret_cast<float*>(out(kMixers * kGroup / 32)) + warp * kRestRows * 2; }
     __device__ float* part_of(int warp) const { return found(kFeederWarps) + warp * kRound * kHeadWidth; }
+    // Or, of a single one, the scores; and those of the next head's.
+    __device__ float* scores(int which) const { return found(0) + which * kMostTokens; }
     // What results are multiplied by besides the reciprocal of the sum.
     __device__ float* out_factor() const { return part_of(kFeederWarps); }
     // Queries and keys of a stage are there; its values are; it may be written. A mixer may compute its exponentials.
@@ -75,6 +78,7 @@ struct Shared {
 };
 
 constexpr int kFoundFloats = kFeederWarps * (kRestRows * 2 + kRound * kHeadWidth) + 2;
+static_assert(kFoundFloats >= 2 * kMostTokens + 2);
 constexpr int kBarriers = 3 * kStages + kMixers;
 constexpr int kSharedBytes =
     1024 + kStages * kStageBytes + kMixers * kGroup / 32 * 16 * kOutStride + kFoundFloats * 4 + kBarriers * 8;
@@ -194,7 +198,73 @@ __device__ __forceinline__ void mix(const Arguments& a, const Shared& s, int mix
 // Where the 16-byte chunk of a token's row is.
 __device__ __forceinline__ uint32_t chunk_of(int token, int chunk) { return uint32_t(token * kTokenBytes + (chunk ^ token % 8) * 16); }
 
-// The queries behind the 256th: every warp has a share of the keys, 16 at a time; what they found is put together.
+// The 16 bytes of a token's row, as eight values.
+__device__ __forceinline__ void load_values(float (&to)[8], const uint8_t* part, int token, int chunk) {
+    const uint4 x = *reinterpret_cast<const uint4*>(part + chunk_of(token, chunk));
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+}
+
+// The 257th query, where it is the only one behind the 256th, without tensor cores: a key a thread at a time, then 16 columns a
+// warp.
+__device__ inline void mix_one(const Arguments& a, const Shared& s, const Unit& unit, int stage, float* scores) {
+    constexpr int query = kTiled;
+    constexpr int kShare = (kTiled + kGroup - 1) / kGroup + 1, kLaneKeys = kMostTokens / 32 + 1;  // keys of a thread, of a lane
+    const int tid = threadIdx.x % kGroup, warp = tid / 32, lane = tid % 32;
+    const uint8_t *queries = s.part(stage, 0), *keys = s.part(stage, 1), *values = s.part(stage, 2);
+    float score[kShare] = {};
+    for (int chunk = 0; chunk < kHeadWidth / 8; ++chunk) {
+        float q[8], k[8];
+        load_values(q, queries, query, chunk);
+#pragma unroll
+        for (int i = 0; i < kShare; ++i)
+            if (i * kGroup + tid < a.tokens) {
+                load_values(k, keys, i * kGroup + tid, chunk);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) score[i] += q[j] * k[j];
+            }
+    }
+#pragma unroll
+    for (int i = 0; i < kShare; ++i)
+        if (i * kGroup + tid < a.tokens) scores[i * kGroup + tid] = score[i];
+    sync_part<kGroup>(2);
+    float weight[kLaneKeys], most = -INFINITY, sum = 0, mixed[16] = {};
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+        weight[i] = 32 * i + lane < a.tokens ? scores[32 * i + lane] : -INFINITY;
+        most = fmaxf(most, weight[i]);
+    }
+#pragma unroll
+    for (int bit = 16; bit; bit /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, bit));
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+        sum += weight[i] = exp2_fast((weight[i] - most) * kScale);
+        if (32 * i + lane < a.tokens)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float v[8];
+                load_values(v, values, 32 * i + lane, 2 * warp + half);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) mixed[8 * half + j] += weight[i] * v[j];
+            }
+    }
+    add_over_lanes(mixed, lane);  // two lanes have column lane / 2
+#pragma unroll
+    for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+    if (a.log_sums && tid == 0) a.log_sums[unit.sums_offset(a, query)] = log_sum(sum, -most * kScale);
+    if (lane % 2) return;
+    const int64_t at = unit.out_offset(a, query) + 16 * warp + lane / 2;
+    const float result = mixed[0] * __fdividef(*s.out_factor(), sum);
+    if (a.out_scale)
+        static_cast<uint8_t*>(a.out)[at] = uint8_t(e4m3_pair(result, 0));
+    else
+        static_cast<uint16_t*>(a.out)[at] = uint16_t(bfloat16_pair(result, 0));
+}
+
+// Several queries behind the 256th: every warp has a share of the keys, 16 at a time; what they found is put together. A warp's
+// products wait for those of the warpgroups, so for one query it takes longer than `mix_one`; it hardly depends on their number.
 __device__ inline void mix_rest(const Arguments& a, const Shared& s, const Unit& unit, int stage) {
     const int tid = threadIdx.x % kGroup, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int row = lane % 8, low = lane / 8 % 2, high = lane / 16;  // of the matrices whose rows this lane has the address of
@@ -298,6 +368,7 @@ __device__ inline void fetch(const Arguments& a, const Shared& s, int i) {
 // The third warpgroup.
 __device__ inline void feed(const Arguments& a, const Shared& s) {
     const bool fetches = threadIdx.x % kGroup == 0;
+    int computed = 0;
     if (fetches) fetch(a, s, 0);
     for (int u = blockIdx.x, i = 0; u < a.units; u += gridDim.x, ++i) {
         const Unit unit(a, u);
@@ -306,7 +377,8 @@ __device__ inline void feed(const Arguments& a, const Shared& s) {
         __syncwarp();
         wait_for(s.keys_there(stage), parity_of(i));
         wait_for(s.values_there(stage), parity_of(i));
-        if (unit.has_rest && a.tokens > kTiled) mix_rest(a, s, unit, stage);
+        if (unit.has_rest && a.tokens == kTiled + 1) mix_one(a, s, unit, stage, s.scores(computed++ % 2));
+        if (unit.has_rest && a.tokens > kTiled + 1) mix_rest(a, s, unit, stage);
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(s.free(stage));
     }

@@ -1,5 +1,7 @@
 """A module's forward and backward as CUDA graphs: a training step whose kernels wait for nobody to launch them."""
 
+import gc
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,8 @@ class Graphed(nn.Module):
 
     Its output and gradients then are in memory that the next call writes to again. Calls with other shapes, without gradients or
     in evaluation mode run as they are. A replay draws from the generator's state as it is then, not as it was in the capture.
+    When the fourth call comes, nothing may hold the autograd graph of an earlier one (a loss that was not detached): it would
+    draw the stream of that call into the capture.
 
     Args:
         module: without buffers or hooks, of tensors; its parameters stay where they are in memory.
@@ -41,6 +45,7 @@ class Graphed(nn.Module):
 def captured(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
     """A module like this one that replays it; `module` itself stays as it is."""
     shell = _Shell(module)
+    gc.collect()
     torch.cuda.empty_cache()  # what the calls before used, the graph has memory of its own for
     samples = tuple(x.clone() for x in arguments)
     return torch.cuda.make_graphed_callables(shell, samples, num_warmup_iters=0, allow_unused_input=True)  # type: ignore[return-value]

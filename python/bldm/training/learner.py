@@ -27,8 +27,8 @@ class Learner:
     Under "bf16" forward and backward run on a copy of the model in bfloat16, refreshed after every step, so that no activation
     and no gradient is float32; AdamW, clipping and the average work on the float32 weights (Micikevicius et al. 2018).
 
-    On a GPU a denoiser's forward and backward are CUDA graphs, unless its weights are sharded; on compute capability 9.0, in
-    bfloat16, with the operators of `bldm_kernels.training`.
+    On one GPU a denoiser's forward and backward are CUDA graphs; on compute capability 9.0, in bfloat16, with the operators of
+    `bldm_kernels.training`.
 
     Args:
         model: what learns, without buffers; moved to the device, in training mode.
@@ -64,7 +64,8 @@ class Learner:
             self.copy = copy.deepcopy(model).to(torch.bfloat16) if bf16 else None
             self.optimizer = FlatAdamW(model, self.ema.module, self.copy, betas, options.weight_decay)
             computes = model if self.copy is None else self.copy
-            if isinstance(model, BinaryDenoiser) and accel.device.type == "cuda":
+            # DDP keeps what belongs to no graph.
+            if isinstance(model, BinaryDenoiser) and accel.device.type == "cuda" and accel.num_processes == 1:
                 if bf16 and torch.cuda.get_device_capability(accel.device) == (9, 0):
                     fuse_blocks(computes)
                 computes = Graphed(computes)

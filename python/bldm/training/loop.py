@@ -107,6 +107,7 @@ def train(
             with learner.computing():
                 losses = objective(learner.module, rows, step)
             learner.update(losses["loss"], step, options.rate(step))
+            losses = {name: value.detach() for name, value in losses.items()}  # nothing holds the graph when the next one is made
             if partner is not None:
                 losses = {**losses, **partner.learn(step, options.rate(step))}
             done = step + 1
