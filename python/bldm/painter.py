@@ -89,7 +89,8 @@ class Painter:
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
         """Packed latents (B, h, w, P) -> images (B, channels, H, W) in [-1, 1]."""
-        return torch.cat([self.autoencoder.decode(part) for part in latents.split(batch_size or max(len(latents), 1))])
+        parts = [self.autoencoder.decode(part) for part in latents.split(batch_size or max(len(latents), 1))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, seed: int | None = None) -> Tensor:

@@ -15,10 +15,12 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def device_of(denoiser: object) -> torch.device:
     """Where a module's parameters or buffers are; the CPU for anything else."""
-    if not isinstance(denoiser, nn.Module):
-        return torch.device("cpu")
-    first = next(chain(denoiser.parameters(), denoiser.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+    if isinstance(denoiser, nn.Module):
+        for part in denoiser.modules():  # the first tensor is soon found; `parameters()` would look for one everywhere
+            for value in chain(part._parameters.values(), part._buffers.values()):
+                if value is not None:
+                    return value.device
+    return torch.device("cpu")
 
 
 class Anatomy:

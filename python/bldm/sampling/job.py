@@ -14,6 +14,7 @@ from . import conditions
 from .conditions import Condition
 from .conventions import Conventions
 from .loop import Inputs, Plan
+from .outputs import Output
 from .rules import StepTable, step_table
 from .time_labels import label_table
 
@@ -28,7 +29,8 @@ class Job:
     timesteps: list[int]
     table: StepTable
     labels: Tensor
-    scales: Tensor
+    scales: tuple[float, ...]
+    outputs: tuple[Output, ...]
     temperature: float
     seed: int
     sample_offset: int
@@ -42,7 +44,7 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        return bool((self.scales != 1).any())
+        return any(scale != 1 for scale in self.scales)
 
     def batches(self, size: int) -> Iterator[tuple[int, Plan, Inputs]]:
         """(index of the first sample, plan, inputs) of every batch of at most `size` samples."""
@@ -50,7 +52,6 @@ class Job:
             yield first, *self._batch(slice(first, min(first + size, self.num_samples)))
 
     def _batch(self, rows: slice) -> tuple[Plan, Inputs]:
-        pieces = self.conventions
         inputs = Inputs(
             start=self.start[rows],
             coefficients=self.table.coefficients,
@@ -67,18 +68,21 @@ class Job:
         )
         plan = Plan(
             num_samples=rows.stop - rows.start,
-            outputs=tuple(pieces.output_of(t) for t in self.timesteps),
+            outputs=self.outputs,
             noisy=self.table.noisy,
             label_dtype=self.labels.dtype,
             temperature=self.temperature,
             guided=self.guided,
             masked=self.keep_mask is not None,
-            probability=pieces.final == "probability",
+            probability=self.conventions.final == "probability",
             history=self.history,
             cond=conditions.signature(inputs.cond),
             null_cond=conditions.signature(inputs.null_cond),
         )
         return plan, inputs
+
+
+Tables = tuple[StepTable, Tensor, tuple[Output, ...]]
 
 
 class Desk:
@@ -88,7 +92,8 @@ class Desk:
 
     def __init__(self, conventions: Conventions, schedule: bk.BernoulliSchedule, latent_shape: tuple[int, ...]):
         self.conventions, self.schedule, self.latent_shape = conventions, schedule, latent_shape
-        self._tables: dict[tuple[int, ...], tuple[StepTable, Tensor]] = {}
+        self._tables: dict[tuple[int, ...], Tables] = {}
+        self._spaced: dict[int, list[int]] = {}
 
     def job(
         self,
@@ -113,11 +118,11 @@ class Desk:
         pieces = self.conventions
         num_samples = bk.checks.integer("num_samples", num_samples, 0, 2**40)
         chosen = self._timesteps(steps, timesteps)
-        table, labels = self._table(tuple(chosen))
+        table, labels, outputs = self._table(tuple(chosen))
         temperature = bk.checks.positive("temperature", temperature)
         seed = bk.checks.integer("seed", seed, -(2**63), 2**64 - 1)
         sample_offset = bk.checks.sample_offset(sample_offset)
-        scales = pieces.guidance.table(guidance_scale, len(chosen))
+        scales = tuple(pieces.guidance.table(guidance_scale, len(chosen)))
         guided = any(scale != 1 for scale in scales)
         if guided and cond is None:
             raise ValueError(f"guidance_scale: {guidance_scale} needs a condition, but cond is None")
@@ -144,7 +149,8 @@ class Desk:
             timesteps=chosen,
             table=table,
             labels=labels,
-            scales=torch.tensor(scales, dtype=torch.float32),
+            scales=scales,
+            outputs=outputs,
             temperature=temperature,
             seed=seed,
             sample_offset=sample_offset,
@@ -160,16 +166,20 @@ class Desk:
     def _timesteps(self, steps: int, timesteps: Sequence[int] | Tensor | None) -> list[int]:
         total = self.schedule.num_steps
         if timesteps is None:
-            return self.conventions.spaced(total, bk.checks.integer("steps", steps, 1, total))
+            steps = bk.checks.integer("steps", steps, 1, total)
+            if steps not in self._spaced:
+                _make_room(self._spaced, self.TABLES)
+                self._spaced[steps] = self.conventions.spaced(total, steps)
+            return list(self._spaced[steps])
         chosen = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
         return [bk.checks.integer("timesteps", t, 1, total) for t in chosen]
 
-    def _table(self, timesteps: tuple[int, ...]) -> tuple[StepTable, Tensor]:
+    def _table(self, timesteps: tuple[int, ...]) -> Tables:
         if timesteps not in self._tables:
             pieces = self.conventions
-            made = step_table(self.schedule, timesteps, pieces.rule, pieces.final), label_table(pieces.label(), timesteps)
-            if len(self._tables) >= self.TABLES:
-                self._tables.pop(next(iter(self._tables)))
+            table = step_table(self.schedule, timesteps, pieces.rule, pieces.final)
+            made = table, label_table(pieces.label(), timesteps), tuple(pieces.output_of(t) for t in timesteps)
+            _make_room(self._tables, self.TABLES)
             self._tables[timesteps] = made
         return self._tables[timesteps]
 
@@ -184,3 +194,9 @@ class Desk:
                 f"got {tuple(value.shape)}"
             )
         return value.to(device).expand(num_samples, *item)
+
+
+def _make_room(kept: dict[Any, Any], most: int) -> None:
+    """Drop the oldest entry where one more would be too many."""
+    if len(kept) >= most:
+        kept.pop(next(iter(kept)))

@@ -52,7 +52,7 @@ class Inputs:
     coefficients: Tensor
     noise: Tensor
     labels: Tensor
-    scales: Tensor
+    scales: tuple[float, ...]
     seed: int
     sample_offset: int
     cond: Condition = None
@@ -94,7 +94,9 @@ class Loop:
         self.rows = rows
         self.denoiser = step_denoiser(conventions, execution, plan.guided, inputs.cond)
         self.steps: Steps | None = None
-        self._tables_of: Tensor | None = None  # whose tables are loaded: a sampler uses the same ones again and again
+        # What is loaded: a sampler uses the same tables and scales again and again, and a copy waits for the host.
+        self._tables_of: Tensor | None = None
+        self._scales_of: tuple[float, ...] | None = None
         self.x = self.start
         self.probability: Tensor | None = None
         self.states: Tensor | None = None
@@ -111,7 +113,9 @@ class Loop:
             self.noise.copy_(inputs.noise)
             self.labels.copy_(inputs.labels.to(self.labels.device)[:, None].expand_as(self.labels))
             self._tables_of = inputs.coefficients
-        self.scales.copy_(inputs.scales)
+        if inputs.scales != self._scales_of:
+            self.scales.copy_(torch.tensor(inputs.scales))
+            self._scales_of = inputs.scales
         self.seed.fill_(inputs.seed - 2**64 if inputs.seed >= 2**63 else inputs.seed)
         self.sample_offset.fill_(inputs.sample_offset)
         conditions.each(lambda buffer, value: buffer.copy_(value), self.cond, self._stacked(inputs.cond, inputs.null_cond))

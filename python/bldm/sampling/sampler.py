@@ -217,10 +217,11 @@ class FastSampler:
             loop.load(inputs)
             # elsewhere than on a CPU reading the counter would stall the loop: it is read once, at the end
             loop.run(None if callback is None else report, check if execution.device.type == "cpu" else None)
-        check(loop.nonfinite)
-        # a captured loop's tensors are written again by its next replay
+        # a captured loop's tensors are written again by its next replay; copied before the check, which waits for the device
         hook = {name: buffer.clone() for name, buffer in loop.hook_buffers.items()}
-        return Samples(loop.x.clone(), _copied(loop.probability), _copied(loop.states), hook)
+        samples = Samples(loop.x.clone(), _copied(loop.probability), _copied(loop.states), hook)
+        check(loop.nonfinite)
+        return samples
 
     def _replay(self, plan: Plan, inputs: Inputs, execution: Execution) -> Loop | None:
         """All steps as one graph; None, after a warning, where that cannot be."""
