@@ -62,7 +62,7 @@ def draw(result: Result, path: Path) -> None:
     """Each quality against steps, and against images/s; guidance dashed."""
     shown = [name for name in QUALITIES if all(name in row for entry in result["methods"].values() for row in entry["samples"])]
     panels = [(name, kind) for kind in dict.fromkeys(kind for kind, _ in kinds(result)) for name in shown]
-    figure, axes = plt.subplots(2, len(panels), figsize=(5 * len(panels), 7), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, len(panels), figsize=(5 * len(panels), 7.5), squeeze=False, layout="constrained")
     for column, (measure, kind) in enumerate(panels):
         for axis, across, words in (
             (axes[0, column], "steps", "sampling steps"),
@@ -82,7 +82,7 @@ def draw(result: Result, path: Path) -> None:
                 axis.tick_params(which="minor", bottom=False, labelbottom=False)
             axis.set_title(kind.replace("_", " "), fontsize=9)
             axis.grid(True, color="#eeeeee")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, handlelength=4)
     entry = next(iter(result["methods"].values()))
     figure.supxlabel(f"{entry['machine']}, torch {entry['torch']}, {entry['date']}", fontsize=8, color="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
