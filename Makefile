@@ -21,8 +21,10 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/bldm sample
 
+# A worker a processor, eight at most, of one thread each; all tests of a file run in one of them.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
