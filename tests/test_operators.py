@@ -12,6 +12,8 @@ from targets import TARGETS, Target
 from torch import Tensor
 
 import bldm_kernels as bk
+import bldm_kernels.training.attention  # they are defined when they are imported
+import bldm_kernels.training.gelu  # noqa: F401
 from bldm_kernels import dispatch
 
 B, R, C = 2, 3, 12
@@ -43,6 +45,20 @@ def step_arguments(tensors: bool) -> tuple[Any, ...]:
     return (logits(), bits(), coefficients(), *draw, 0.8, tensors, *options, torch.zeros(1, dtype=torch.int32))
 
 
+def training_samples() -> dict[str, list[tuple[Any, ...]]]:
+    def random(*shape: int, gradient: bool = True) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(4)).requires_grad_(gradient)
+
+    x, weight, bias = random(B, R, 8), random(24, 8), random(24)
+    out, qkv, log_sums = (value.detach() for value in torch.ops.bldm.attention(x, weight, bias, 2))
+    return {
+        "bias_gelu": [(random(B, R, 5), random(5))],
+        "bias_gelu_gradient": [(random(B, R, 5, gradient=False), random(B, R, 5, gradient=False), random(5, gradient=False))],
+        "attention": [(x, weight, bias, 2)],
+        "attention_gradient": [(x.detach(), x.detach(), weight.detach(), qkv, out, log_sums, 2)],
+    }
+
+
 def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """Arguments of every operator, by name: what opcheck runs."""
     packed = {"out": torch.zeros(B, R, P, dtype=torch.uint8)}
@@ -69,6 +85,7 @@ def samples() -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         "embed_bits_backward": [(torch.randn(B, R, 5), bits(), C, True)],
         "hamming_distance": [(bits(1), bits(2))],
         "hamming_topk": [(bits(1), bits(2), 2)],
+        **training_samples(),
     }
     found = {name: [(args, {}) for args in arguments] for name, arguments in calls.items()}
     found["random_bits_out"] = [((C, 5, 1, None), packed), ((C, 0, 1, torch.tensor([5])), packed)]
