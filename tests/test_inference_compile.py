@@ -1,4 +1,4 @@
-"""Every Triton kernel of the inference engine compiles for sm_90 on a machine without a GPU, and spills no register.
+"""Every Triton kernel of the inference engines and of training compiles for sm_90 without a GPU, and spills no register.
 
 As in test_triton_compile.py: without the interpreter, with a driver that launches nothing.
 """
@@ -92,6 +92,14 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
             yield pixels.pixels, (low(2, side, side, channels), torch.zeros(2, 2, 32), norm, *last)
         yield pixels.patches, (torch.zeros(2, 3, side, side), 32, torch.bfloat16)
 
+    from bldm_kernels.training.triton import attention as training_attention
+    from bldm_kernels.training.triton import gelu
+
+    h = low(16448, 3072)
+    yield gelu.forward, (h, low(3072), h)
+    yield gelu.backward, (h, h, low(3072), h)
+    yield training_attention.join, (low(64, 257, 12, 64),) * 3
+
 
 def main() -> None:
     import triton
@@ -119,7 +127,8 @@ def main() -> None:
     print("kernel, registers, spilled bytes, shared memory, constants", *sorted(set(map(repr, report))), sep="\n")
     denoiser = {"attend", "tokens", "head_logits", "head_step", "rows", "tiles"}
     autoencoder = {"finish_kernel", "taps_kernel", "sum_kernel", "patches_kernel"}
-    assert {name for name, *_ in report} == denoiser | autoencoder
+    training = {"gelu", "gelu_gradient", "join_parts"}
+    assert {name for name, *_ in report} == denoiser | autoencoder | training
     few = {"finish_kernel": 16}  # bytes a thread: ptxas prefers them to one block fewer on a multiprocessor
     assert all(spilled <= few.get(name, 0) for name, _, spilled, *_ in report), "a kernel spills registers"
 
