@@ -13,7 +13,9 @@ from bldm_kernels.inference.attention import E4M3, plain
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("emulator"), "attention.cpp")
+    loaded = build(tmp_path_factory.mktemp("emulator"), "attention.cpp")
+    loaded.run_gradient.restype = ctypes.c_char_p
+    return loaded
 
 
 def run(
@@ -74,3 +76,40 @@ def test_scores_of_any_size(emulated: ctypes.CDLL) -> None:
         qkv[..., :64] = qkv[0, key, 64:128] = 100.0
         qkv[0, :, 128:] = (torch.arange(257) % 200)[:, None]
         assert run(emulated, qkv, 1, None, 1, False).eq(key % 200).all()
+
+
+@pytest.mark.parametrize(
+    "samples, tokens, heads, blocks, seed",
+    [(1, 256, 2, 2, 0), (1, 257, 3, 1, 1), (2, 258, 2, 3, 2), (1, 260, 1, 1, 3), (1, 259, 4, 2, 4)],
+)
+def test_gradient_against_float64(emulated: ctypes.CDLL, samples: int, tokens: int, heads: int, blocks: int, seed: int) -> None:
+    torch.manual_seed(tokens)
+    check_gradient(emulated, (1.5 * torch.randn(samples, tokens, 3 * heads * 64)).bfloat16(), heads, blocks, seed)
+
+
+def test_gradient_of_low_scores(emulated: ctypes.CDLL) -> None:
+    """A key that is not there would have an infinite weight."""
+    qkv = torch.randn(1, 257, 3 * 64)
+    qkv[..., 0], qkv[..., 64] = 40, -40
+    check_gradient(emulated, qkv.bfloat16(), 1, 1, 0, 3e-2)
+
+
+def check_gradient(emulated: ctypes.CDLL, qkv: Tensor, heads: int, blocks: int, seed: int, limit: float = 1e-2) -> None:
+    samples, tokens, _ = qkv.shape
+    grad = torch.randn(samples, tokens, heads * 64).bfloat16()
+    exact = qkv.double().requires_grad_()
+    value = plain(*exact.chunk(3, -1), heads, None, None)
+    (expected,) = torch.autograd.grad(value, exact, grad.double())
+    q, k = (x.double().unflatten(-1, (heads, 64)).transpose(1, 2) for x in qkv.chunk(3, -1)[:2])
+    out, log_sums = value.detach().bfloat16(), (q @ k.mT / 8).logsumexp(-1).float()
+    result = torch.full(qkv.shape, float("nan"), dtype=torch.bfloat16)
+    sums = torch.full((samples, 3 * heads * 64), float("nan"))
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (qkv, grad, out, log_sums, result, sums)]
+    sizes = [ctypes.c_long(n) for n in (samples, tokens, heads)]
+    assert emulated.run_gradient(ctypes.c_int(blocks), ctypes.c_uint(seed), *pointers, *sizes).decode() == ""
+    for found, wanted in zip(result.chunk(3, -1), expected.chunk(3, -1), strict=True):
+        assert error(found, wanted) < limit
+        if tokens > 256:
+            assert error(found[:, 256:], wanted[:, 256:]) < limit
+    for part, wanted in zip(sums.chunk(3, -1), expected.chunk(3, -1), strict=True):
+        assert float((part - wanted.sum(1)).norm() / wanted.norm()) < limit

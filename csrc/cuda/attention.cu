@@ -1,5 +1,5 @@
-// The launch of attention_kernel.cuh.
-#include "cuda/attention_kernel.cuh"
+// The launches of attention_kernel.cuh and attention_gradient_kernel.cuh.
+#include "cuda/attention_gradient_kernel.cuh"
 
 #include <cudaTypedefs.h>
 
@@ -17,19 +17,26 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
-TensorMap map_of(const void* qkv, int64_t samples, int64_t tokens, int64_t heads) {
+// Of a tensor (samples, tokens, columns) in bfloat16.
+TensorMap map_of(const void* tensor, int64_t samples, int64_t tokens, int64_t heads) {
     using namespace attend;
     static const auto encode = tensor_map_encoder();
-    const uint64_t columns = 3 * heads * kHeadWidth;
+    const uint64_t columns = heads * kHeadWidth;
     const cuuint64_t sizes[] = {columns, cuuint64_t(tokens), cuuint64_t(samples)};
     const cuuint64_t strides[] = {2 * columns, 2 * columns * tokens};  // bytes, of tokens and samples
     const cuuint32_t box[] = {kHeadWidth, kBoxTokens, 1}, steps[] = {1, 1, 1};
     TensorMap map;
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(qkv), sizes, strides, box, steps,
+    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(tensor), sizes, strides, box, steps,
                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) throw std::runtime_error("attention: cuTensorMapEncodeTiled: " + std::to_string(int(result)));
     return map;
+}
+
+void check_sizes(int64_t samples, int64_t tokens, int64_t most, int64_t heads) {
+    if (tokens < attend::kTiled || tokens > most)
+        throw std::invalid_argument("attention: expected 256 to " + std::to_string(most) + " tokens, got " + std::to_string(tokens));
+    if (samples < 1 || heads < 1 || samples * heads > 1 << 24) throw std::invalid_argument("attention: no heads, or too many");
 }
 
 }  // namespace
@@ -37,14 +44,12 @@ TensorMap map_of(const void* qkv, int64_t samples, int64_t tokens, int64_t heads
 void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, const float* out_scale, void* out, float* log_sums,
                bool early, int device, cudaStream_t stream) {
     using namespace attend;
-    if (tokens < kTiled || tokens > kMostTokens)
-        throw std::invalid_argument("attention: expected 256 to 272 tokens, got " + std::to_string(tokens));
-    if (samples < 1 || heads < 1 || samples * heads > 1 << 24) throw std::invalid_argument("attention: no heads, or too many");
+    check_sizes(samples, tokens, kMostTokens, heads);
     if (!aligned(qkv, 16) || !aligned(out, 16)) throw std::invalid_argument("attention: expected memory at multiples of 16 bytes");
     const DeviceGuard guard(device);
     const int blocks = processors(device), all = int(samples * heads);
     const int split = 2 * all <= blocks;  // so few that there is a multiprocessor for every half
-    const Arguments a{map_of(qkv, samples, tokens, heads), out, out_scale, log_sums, int(tokens), int(heads), split, all << split};
+    const Arguments a{map_of(qkv, samples, tokens, 3 * heads), out, out_scale, log_sums, int(tokens), int(heads), split, all << split};
     const auto chosen = tokens <= kTiled + 8 ? kernel<8> : kernel<16>;
     check(cudaFuncSetAttribute(chosen, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute");
     cudaLaunchAttribute attribute{};
@@ -55,6 +60,22 @@ void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, 
     config.dynamicSmemBytes = kSharedBytes, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = early;
     check(cudaLaunchKernelEx(&config, chosen, a), "attention");
+}
+
+void attention_gradient(const void* qkv, const void* grad, const void* out, const float* log_sums, int64_t samples, int64_t tokens,
+                        int64_t heads, void* result, float* sums, int device, cudaStream_t stream) {
+    using namespace attend;
+    check_sizes(samples, tokens, kTiled + gradient::kMostRest, heads);
+    for (const void* tensor : {qkv, grad, out, static_cast<const void*>(result), static_cast<const void*>(sums)})
+        if (!aligned(tensor, 16)) throw std::invalid_argument("attention_gradient: expected memory at multiples of 16 bytes");
+    const DeviceGuard guard(device);
+    const gradient::Arguments a{map_of(qkv, samples, tokens, 3 * heads), map_of(grad, samples, tokens, heads),
+                                static_cast<const uint8_t*>(out), log_sums, static_cast<uint8_t*>(result),
+                                sums, int(tokens), int(heads), int(samples * heads)};
+    const auto chosen = tokens > kTiled ? gradient::kernel<true> : gradient::kernel<false>;
+    check(cudaFuncSetAttribute(chosen, cudaFuncAttributeMaxDynamicSharedMemorySize, gradient::kSharedBytes), "cudaFuncSetAttribute");
+    chosen<<<std::min(processors(device), a.units), kBlockThreads, gradient::kSharedBytes, stream>>>(a);
+    check(cudaGetLastError(), "attention_gradient");
 }
 
 }  // namespace bldm::cuda

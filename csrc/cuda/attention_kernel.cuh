@@ -3,8 +3,7 @@
 //
 // A block stays on its multiprocessor and takes heads (or halves of them) in turn. Two of its warpgroups, the mixers, have 64 of
 // the first 256 queries at a time. The third brings the next head's queries, keys and values while the others work on this one,
-// and computes the few queries behind the 256th, on which a tile of 64 would be spent: a single one without tensor cores, several
-// with the products of single warps. The tensor cores and the units of exponentials need about as long as one another for a head,
+// and computes the few queries behind the 256th, on which a tile of 64 would be spent, by products of single warps. The tensor cores and the units of exponentials need about as long as one another for a head,
 // so the mixers take turns with the exponentials: meanwhile the other one multiplies.
 #pragma once
 
@@ -20,9 +19,9 @@ constexpr int kPartBytes = 2 * kBoxBytes, kStageBytes = 3 * kPartBytes;         
 constexpr int kStages = 2;
 constexpr int kGroup = 128, kMixers = 2, kBlockThreads = (kMixers + 1) * kGroup;
 constexpr int kTileQueries = 64, kPairs = 2;  // of tiles, one for each mixer
-constexpr int kFeederWarps = kGroup / 32, kRestRows = kMostTokens - kTiled, kRound = 2;
+constexpr int kFeederWarps = kGroup / 32, kRound = 2;
 // Of 65536 registers; a block starts with 168 a thread.
-constexpr int kMixerRegisters = 216, kFeederRegisters = 72;
+constexpr int kMixerRegisters = 192, kFeederRegisters = 112;
 // Bytes of a row on its way out: in bfloat16, in e4m3. Neighbouring rows begin in other banks.
 constexpr int kOutStride = 2 * kHeadWidth + 16, kLowOutStride = kHeadWidth + 16;
 constexpr float kScale = 0.125f * 1.44269504f;  // 1 / sqrt(64), for powers of 2
@@ -62,12 +61,10 @@ struct Shared {
 
     __device__ uint8_t* part(int stage, int which) const { return stages + stage * kStageBytes + which * kPartBytes; }
     __device__ uint8_t* out(int warp) const { return stages + kStages * kStageBytes + warp * 16 * kOutStride; }
-    // What the feeder's warps have found of the queries behind the 256th: of each one the largest score and the sum of the
-    // weights, and of kRound at a time the mixed values.
-    __device__ float* found(int warp) const { return reinterpret_cast<float*>(out(kMixers * kGroup / 32)) + warp * kRestRows * 2; }
+    // What the feeder's warps have found of eight of the queries behind the 256th: of each one the largest score and the sum of
+    // the weights, and of kRound at a time the mixed values.
+    __device__ float* found(int warp) const { return reinterpret_cast<float*>(out(kMixers * kGroup / 32)) + warp * 8 * 2; }
     __device__ float* part_of(int warp) const { return found(kFeederWarps) + warp * kRound * kHeadWidth; }
-    // Or, of a single one, the scores; and those of the next head's.
-    __device__ float* scores(int which) const { return found(0) + which * kMostTokens; }
     // What results are multiplied by besides the reciprocal of the sum.
     __device__ float* out_factor() const { return part_of(kFeederWarps); }
     // Queries and keys of a stage are there; its values are; it may be written. A mixer may compute its exponentials.
@@ -77,8 +74,7 @@ struct Shared {
     __device__ uint64_t* turn(int mixer) const { return free(kStages) + mixer; }
 };
 
-constexpr int kFoundFloats = kFeederWarps * (kRestRows * 2 + kRound * kHeadWidth) + 2;
-static_assert(kFoundFloats >= 2 * kMostTokens + 2);
+constexpr int kFoundFloats = kFeederWarps * (8 * 2 + kRound * kHeadWidth) + 2;
 constexpr int kBarriers = 3 * kStages + kMixers;
 constexpr int kSharedBytes =
     1024 + kStages * kStageBytes + kMixers * kGroup / 32 * 16 * kOutStride + kFoundFloats * 4 + kBarriers * 8;
@@ -89,28 +85,35 @@ __device__ __forceinline__ int stage_of(int i) { return i % kStages; }
 __device__ __forceinline__ uint32_t parity_of(int i) { return i / kStages & 1; }
 
 // The 16 queries of a warp, of which a thread has columns 8 j + 2 t and the next one in rows g and g + 8: through shared memory,
-// so that the warp writes whole rows, 16 bytes a thread.
-template <bool kLow>
+// kRows at a time, so that the warp writes whole rows, 16 bytes a thread.
+template <bool kLow, int kRows = 16>
 __device__ __forceinline__ void write_rows(const float (&mixed)[32], float upper_factor, float lower_factor, uint8_t* staged,
                                            uint8_t* to, int64_t row_bytes, int lane) {
     constexpr int kBytes = kLow ? 1 : 2, kStride = kLow ? kLowOutStride : kOutStride, kChunks = kHeadWidth * kBytes / 16;
+    static_assert(kRows == 8 || kRows == 16);
     const int g = lane / 4, t = lane % 4;
-    __syncwarp();  // the rows before these have been read
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        const float factor = i % 2 ? lower_factor : upper_factor;
-        const float x = mixed[2 * i] * factor, y = mixed[2 * i + 1] * factor;
-        uint8_t* at = staged + (g + i % 2 * 8) * kStride + (i / 2 * 8 + 2 * t) * kBytes;
-        if constexpr (kLow)
-            *reinterpret_cast<uint16_t*>(at) = e4m3_pair(x, y);
-        else
-            *reinterpret_cast<uint32_t*>(at) = bfloat16_pair(x, y);
-    }
-    __syncwarp();
+    for (int first = 0; first < 16; first += kRows) {
+        __syncwarp();  // the rows before these have been read
 #pragma unroll
-    for (int i = 0; i < 16 * kChunks / 32; ++i) {
-        const int row = i * (32 / kChunks) + lane / kChunks, byte = lane % kChunks * 16;
-        *reinterpret_cast<uint4*>(to + row * row_bytes + byte) = *reinterpret_cast<const uint4*>(staged + row * kStride + byte);
+        for (int i = 0; i < 16; ++i) {
+            const int below = i % 2 * 8 - first;
+            if (below < 0 || below >= kRows) continue;
+            const float factor = i % 2 ? lower_factor : upper_factor;
+            const float x = mixed[2 * i] * factor, y = mixed[2 * i + 1] * factor;
+            uint8_t* at = staged + (g + below) * kStride + (i / 2 * 8 + 2 * t) * kBytes;
+            if constexpr (kLow)
+                *reinterpret_cast<uint16_t*>(at) = e4m3_pair(x, y);
+            else
+                *reinterpret_cast<uint32_t*>(at) = bfloat16_pair(x, y);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kRows * kChunks / 32; ++i) {
+            const int row = i * (32 / kChunks) + lane / kChunks, byte = lane % kChunks * 16;
+            const uint4 x = *reinterpret_cast<const uint4*>(staged + row * kStride + byte);
+            *reinterpret_cast<uint4*>(to + (first + row) * row_bytes + byte) = x;
+        }
     }
 }
 
@@ -198,156 +201,110 @@ __device__ __forceinline__ void mix(const Arguments& a, const Shared& s, int mix
 // Where the 16-byte chunk of a token's row is.
 __device__ __forceinline__ uint32_t chunk_of(int token, int chunk) { return uint32_t(token * kTokenBytes + (chunk ^ token % 8) * 16); }
 
-// The 16 bytes of a token's row, as eight values.
-__device__ __forceinline__ void load_values(float (&to)[8], const uint8_t* part, int token, int chunk) {
-    const uint4 x = *reinterpret_cast<const uint4*>(part + chunk_of(token, chunk));
+// 16 bytes as eight values.
+__device__ __forceinline__ void values_of(float (&to)[8], uint4 x) {
     const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
         to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
 }
 
-// The 257th query, where it is the only one behind the 256th, without tensor cores: a key a thread at a time, then 16 columns a
-// warp.
-__device__ inline void mix_one(const Arguments& a, const Shared& s, const Unit& unit, int stage, float* scores) {
-    constexpr int query = kTiled;
-    constexpr int kShare = (kTiled + kGroup - 1) / kGroup + 1, kLaneKeys = kMostTokens / 32 + 1;  // keys of a thread, of a lane
-    const int tid = threadIdx.x % kGroup, warp = tid / 32, lane = tid % 32;
-    const uint8_t *queries = s.part(stage, 0), *keys = s.part(stage, 1), *values = s.part(stage, 2);
-    float score[kShare] = {};
-    for (int chunk = 0; chunk < kHeadWidth / 8; ++chunk) {
-        float q[8], k[8];
-        load_values(q, queries, query, chunk);
-#pragma unroll
-        for (int i = 0; i < kShare; ++i)
-            if (i * kGroup + tid < a.tokens) {
-                load_values(k, keys, i * kGroup + tid, chunk);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) score[i] += q[j] * k[j];
-            }
-    }
-#pragma unroll
-    for (int i = 0; i < kShare; ++i)
-        if (i * kGroup + tid < a.tokens) scores[i * kGroup + tid] = score[i];
-    sync_part<kGroup>(2);
-    float weight[kLaneKeys], most = -INFINITY, sum = 0, mixed[16] = {};
-#pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-        weight[i] = 32 * i + lane < a.tokens ? scores[32 * i + lane] : -INFINITY;
-        most = fmaxf(most, weight[i]);
-    }
-#pragma unroll
-    for (int bit = 16; bit; bit /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, bit));
-#pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-        sum += weight[i] = exp2_fast((weight[i] - most) * kScale);
-        if (32 * i + lane < a.tokens)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float v[8];
-                load_values(v, values, 32 * i + lane, 2 * warp + half);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) mixed[8 * half + j] += weight[i] * v[j];
-            }
-    }
-    add_over_lanes(mixed, lane);  // two lanes have column lane / 2
-#pragma unroll
-    for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
-    if (a.log_sums && tid == 0) a.log_sums[unit.sums_offset(a, query)] = log_sum(sum, -most * kScale);
-    if (lane % 2) return;
-    const int64_t at = unit.out_offset(a, query) + 16 * warp + lane / 2;
-    const float result = mixed[0] * __fdividef(*s.out_factor(), sum);
-    if (a.out_scale)
-        static_cast<uint8_t*>(a.out)[at] = uint8_t(e4m3_pair(result, 0));
-    else
-        static_cast<uint16_t*>(a.out)[at] = uint16_t(bfloat16_pair(result, 0));
+// Those of a token's row.
+__device__ __forceinline__ void load_values(float (&to)[8], const uint8_t* part, int token, int chunk) {
+    values_of(to, *reinterpret_cast<const uint4*>(part + chunk_of(token, chunk)));
 }
 
-// Several queries behind the 256th: every warp has a share of the keys, 16 at a time; what they found is put together. A warp's
-// products wait for those of the warpgroups, so for one query it takes longer than `mix_one`; it hardly depends on their number.
+// The queries behind the 256th, eight at a time: every warp has a share of the keys, and what they found is put together. A warp's
+// products wait for those of the warpgroups, so there are few of them, and many that do not wait for one another. Keys are rows
+// of the scores, and columns rows of what is mixed, as the queries are hardly worth a tile's eight columns.
 __device__ inline void mix_rest(const Arguments& a, const Shared& s, const Unit& unit, int stage) {
+    constexpr int kBlocks = kMostTokens / 16, kShare = (kBlocks + kFeederWarps - 1) / kFeederWarps;  // of 16 keys; of a warp
     const int tid = threadIdx.x % kGroup, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int row = lane % 8, low = lane / 8 % 2, high = lane / 16;  // of the matrices whose rows this lane has the address of
     const uint32_t queries = shared_address(s.part(stage, 0)), keys = shared_address(s.part(stage, 1));
     const uint32_t values = shared_address(s.part(stage, 2));
-    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {}, mixed[kHeadWidth / 8][4] = {};
-#pragma unroll 1
-    for (int first = 16 * warp; first < kMostTokens; first += 16 * kFeederWarps) {
-        float score[2][4] = {};
+    for (int group = 0; group < a.tokens - kTiled; group += 8) {
+        float score[kShare][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {}, mixed[kHeadWidth / 16][4] = {};
 #pragma unroll
-        for (int k = 0; k < kHeadWidth / 16; ++k) {
-            uint32_t query[4], key[4];
-            load_matrices(query, queries + chunk_of(kTiled + 8 * low + row, 2 * k + high));
-            load_matrices(key, keys + chunk_of(first + 8 * high + row, 2 * k + low));
-            mma<__nv_bfloat16>(score[0], query, key[0], key[1], score[0]);
-            mma<__nv_bfloat16>(score[1], query, key[2], key[3], score[1]);
-        }
-        float before[2] = {most[0], most[1]};
+        for (int k = 0; k < kHeadWidth / 16; k += 2) {
+            uint32_t query[4];
+            load_matrices(query, queries + chunk_of(kTiled + group + row, 2 * k + lane / 8));
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float& x = score[j / 4][j % 4];
-            x = first + j / 4 * 8 + 2 * t + j % 2 < a.tokens ? kScale * x : -INFINITY;
-            most[j / 2 % 2] = fmaxf(most[j / 2 % 2], x);
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int i = 0; i < kShare; ++i) {
+                    const int block = warp + kFeederWarps * i;
+                    if (block >= kBlocks) continue;
+                    uint32_t key[4];
+                    load_matrices(key, keys + chunk_of(16 * block + 8 * low + row, 2 * (k + half) + high));
+                    mma<__nv_bfloat16>(score[i], key, query[2 * half], query[2 * half + 1], score[i]);
+                }
         }
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
-            most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
-            before[r] = exp2_fast(before[r] - most[r]);
-            sum[r] *= before[r];
-        }
-        uint32_t weights[4];
+        for (int i = 0; i < kShare; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float x = exp2_fast(score[j / 2][2 * (j % 2)] - most[j % 2]);
-            const float y = exp2_fast(score[j / 2][2 * (j % 2) + 1] - most[j % 2]);
-            sum[j % 2] += x + y;
-            weights[j] = bfloat16_pair(x, y);
-        }
-#pragma unroll
-        for (int n = 0; n < kHeadWidth / 16; ++n) {
-            uint32_t value[4];
-            load_transposed(value, values + chunk_of(first + 8 * low + row, 2 * n + high));
-#pragma unroll
-            for (int i = 0; i < 8; ++i) mixed[2 * n + i / 4][i % 4] *= before[i / 2 % 2];
-            mma<__nv_bfloat16>(mixed[2 * n], weights, value[0], value[1], mixed[2 * n]);
-            mma<__nv_bfloat16>(mixed[2 * n + 1], weights, value[2], value[3], mixed[2 * n + 1]);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-        if (t == 0) s.found(warp)[2 * (g + 8 * r)] = most[r], s.found(warp)[2 * (g + 8 * r) + 1] = sum[r];
-    }
-    for (int begin = 0; begin < a.tokens - kTiled; begin += kRound) {
-        if (g / kRound == begin % 8 / kRound)
-#pragma unroll
-            for (int j = 0; j < kHeadWidth / 8; ++j)
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    s.part_of(warp)[g % kRound * kHeadWidth + 8 * j + 2 * t + i] = begin < 8 ? mixed[j][i] : mixed[j][2 + i];
-        sync_part<kGroup>(2);
-        const int query = begin + tid / kHeadWidth, column = tid % kHeadWidth;
-        if (query < a.tokens - kTiled) {
-            float all = -INFINITY, total = 0, result = 0;
-#pragma unroll
-            for (int i = 0; i < kFeederWarps; ++i) all = fmaxf(all, s.found(i)[2 * query]);
-#pragma unroll
-            for (int i = 0; i < kFeederWarps; ++i) {
-                const float factor = exp2_fast(s.found(i)[2 * query] - all);
-                total += factor * s.found(i)[2 * query + 1];
-                result += factor * s.part_of(i)[query % kRound * kHeadWidth + column];
+            for (int j = 0; j < 4; ++j) {
+                const int key = 16 * (warp + kFeederWarps * i) + g + j / 2 * 8;
+                score[i][j] = key < a.tokens ? kScale * score[i][j] : -INFINITY;
+                most[j % 2] = fmaxf(most[j % 2], score[i][j]);
             }
-            result *= __fdividef(*s.out_factor(), total);
-            const int64_t at = unit.out_offset(a, kTiled + query) + column;
-            if (a.out_scale)
-                static_cast<uint8_t*>(a.out)[at] = uint8_t(e4m3_pair(result, 0));
-            else
-                static_cast<uint16_t*>(a.out)[at] = uint16_t(bfloat16_pair(result, 0));
-            if (a.log_sums && column == 0) a.log_sums[unit.sums_offset(a, kTiled + query)] = log_sum(total, -all);
+#pragma unroll
+        for (int bit = 4; bit < 32; bit *= 2)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], bit));
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+            uint32_t weights[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float x = exp2_fast(score[i][2 * half] - most[0]), y = exp2_fast(score[i][2 * half + 1] - most[1]);
+                sum[0] += x, sum[1] += y;
+                weights[half] = transposed(bfloat16_pair(x, y));
+            }
+            const int block = warp + kFeederWarps * i;
+            if (block >= kBlocks) continue;
+#pragma unroll
+            for (int n = 0; n < kHeadWidth / 16; ++n) {
+                uint32_t value[4];
+                load_transposed(value, values + chunk_of(16 * block + 8 * high + row, 2 * n + low));
+                mma<__nv_bfloat16>(mixed[n], value, weights[0], weights[1], mixed[n]);
+            }
         }
-        sync_part<kGroup>(2);  // before the next queries are written
+#pragma unroll
+        for (int bit = 4; bit < 32; bit *= 2)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(~0u, sum[r], bit);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            if (g == 0) s.found(warp)[2 * (2 * t + r)] = most[r], s.found(warp)[2 * (2 * t + r) + 1] = sum[r];
+        for (int begin = group; begin < min(a.tokens - kTiled, group + 8); begin += kRound) {
+            if (t == begin % 8 / kRound)
+#pragma unroll
+                for (int n = 0; n < kHeadWidth / 16; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) s.part_of(warp)[i % 2 * kHeadWidth + 16 * n + i / 2 * 8 + g] = mixed[n][i];
+            sync_part<kGroup>(2);
+            const int of_round = tid / kHeadWidth, query = begin + of_round, column = tid % kHeadWidth;
+            if (query < a.tokens - kTiled) {
+                float all = -INFINITY, total = 0, result = 0;
+#pragma unroll
+                for (int i = 0; i < kFeederWarps; ++i) all = fmaxf(all, s.found(i)[2 * (query % 8)]);
+#pragma unroll
+                for (int i = 0; i < kFeederWarps; ++i) {
+                    const float factor = exp2_fast(s.found(i)[2 * (query % 8)] - all);
+                    total += factor * s.found(i)[2 * (query % 8) + 1];
+                    result += factor * s.part_of(i)[of_round * kHeadWidth + column];
+                }
+                result *= __fdividef(*s.out_factor(), total);
+                const int64_t at = unit.out_offset(a, kTiled + query) + column;
+                if (a.out_scale)
+                    static_cast<uint8_t*>(a.out)[at] = uint8_t(e4m3_pair(result, 0));
+                else
+                    static_cast<uint16_t*>(a.out)[at] = uint16_t(bfloat16_pair(result, 0));
+                if (a.log_sums && column == 0) a.log_sums[unit.sums_offset(a, kTiled + query)] = log_sum(total, -all);
+            }
+            sync_part<kGroup>(2);  // before the next queries are written
+        }
     }
 }
 
@@ -368,7 +325,6 @@ __device__ inline void fetch(const Arguments& a, const Shared& s, int i) {
 // The third warpgroup.
 __device__ inline void feed(const Arguments& a, const Shared& s) {
     const bool fetches = threadIdx.x % kGroup == 0;
-    int computed = 0;
     if (fetches) fetch(a, s, 0);
     for (int u = blockIdx.x, i = 0; u < a.units; u += gridDim.x, ++i) {
         const Unit unit(a, u);
@@ -377,8 +333,7 @@ __device__ inline void feed(const Arguments& a, const Shared& s) {
         __syncwarp();
         wait_for(s.keys_there(stage), parity_of(i));
         wait_for(s.values_there(stage), parity_of(i));
-        if (unit.has_rest && a.tokens == kTiled + 1) mix_one(a, s, unit, stage, s.scores(computed++ % 2));
-        if (unit.has_rest && a.tokens > kTiled + 1) mix_rest(a, s, unit, stage);
+        if (unit.has_rest) mix_rest(a, s, unit, stage);
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(s.free(stage));
     }

@@ -28,5 +28,6 @@ void register_cuda(pybind11::module_& m) {
     bind(m, "layer_stack_counters", cuda::layer_stack_counters);
     bind(m, "layer_stack", cuda::layer_stack);
     bind(m, "attention", cuda::attention);
+    bind(m, "attention_gradient", cuda::attention_gradient);
 #endif
 }

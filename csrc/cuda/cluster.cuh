@@ -190,6 +190,13 @@ __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t addr
                  : "memory");
 }
 
+// A matrix of 8 x 8 halves, of which thread 4 g + t has two of row g: the same of the transposed one.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+
 // The other way: matrices of halves whose columns become rows in memory; lane i has the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),

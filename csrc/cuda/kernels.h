@@ -107,4 +107,9 @@ void layer_stack(void* h, uint8_t* stream, uint8_t* qkv, uint8_t* mixed, uint8_t
 void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, const float* out_scale, void* out, float* log_sums,
                bool early, int device, cudaStream_t stream);
 
+// Its gradient: of `grad`, by out, and the log_sums that came with it, in the layout of qkv, and of every sample its sum over the
+// tokens, which are 256 to 260; all of them contiguous.
+void attention_gradient(const void* qkv, const void* grad, const void* out, const float* log_sums, int64_t samples, int64_t tokens,
+                        int64_t heads, void* result, float* sums, int device, cudaStream_t stream);
+
 }  // namespace bldm::cuda

@@ -98,6 +98,37 @@ __device__ __forceinline__ void multiply_scores(float (&d)[128], float (&rest)[8
                  : "memory");
 }
 
+// 16 of k of two products: a of 64 rows times b of as many as `shape` says.
+#define BLDM_BOTH_STEP(at, add, shape, d, e, a, b, x, y)                                                                        \
+    "add.u32 u, %" a ", " at ";\n\tadd.u32 v, %" b ", " at ";\n\tmov.b64 a, {u, 0x40000040};\n\tmov.b64 b, {v, 0x40000040};\n\t" \
+    "add.u32 u, %" x ", " at ";\n\tadd.u32 v, %" y ", " at ";\n\tmov.b64 x, {u, 0x40000040};\n\tmov.b64 y, {v, 0x40000040};\n\t" \
+    "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" d "}, a, b, " add ", 1, 1, 0, 0;\n\t"                              \
+    "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" e "}, x, y, " add ", 1, 1, 0, 0;\n\t"
+#define BLDM_BOTH(shape, d, e, a, b, x, y)                                                                                     \
+    "{\n\t.reg .b32 u, v;\n\t.reg .b64 a, b, x, y;\n\twgmma.fence.sync.aligned;\n\t"                                          \
+    BLDM_BOTH_STEP("0", "0", shape, d, e, a, b, x, y) BLDM_BOTH_STEP("2", "1", shape, d, e, a, b, x, y)                          \
+    BLDM_BOTH_STEP("4", "1", shape, d, e, a, b, x, y) BLDM_BOTH_STEP("6", "1", shape, d, e, a, b, x, y)                          \
+    "wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;\n\t}"
+
+// d = a b^T and e = x y^T over 64 of k, a and x of 64 rows, b and y of 64 or 80; waits for these results and all before.
+__device__ __forceinline__ void multiply_both(float (&d)[32], float (&e)[32], uint32_t a, uint32_t b, uint32_t x, uint32_t y) {
+    asm volatile(BLDM_BOTH("m64n64k16", BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") "%30, %31",
+                           "%32, %33, %34, %35, %36, %37, %38, %39, " BLDM_TEN("4") BLDM_TEN("5") "%60, %61, %62, %63", "64", "65", "66",
+                           "67")
+                 : BLDM_16("=f", d, 0), BLDM_16("=f", d, 16), BLDM_16("=f", e, 0), BLDM_16("=f", e, 16)
+                 : "r"(a), "r"(b), "r"(x), "r"(y)
+                 : "memory");
+}
+__device__ __forceinline__ void multiply_both(float (&d)[40], float (&e)[40], uint32_t a, uint32_t b, uint32_t x, uint32_t y) {
+    asm volatile(BLDM_BOTH("m64n80k16", BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39",
+                           BLDM_TEN("4") BLDM_TEN("5") BLDM_TEN("6") "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79", "80", "81", "82",
+                           "83")
+                 : BLDM_16("=f", d, 0), BLDM_16("=f", d, 16), BLDM_4("=f", d, 32), BLDM_4("=f", d, 36), BLDM_16("=f", e, 0),
+                   BLDM_16("=f", e, 16), BLDM_4("=f", e, 32), BLDM_4("=f", e, 36)
+                 : "r"(a), "r"(b), "r"(x), "r"(y)
+                 : "memory");
+}
+
 // Here rows are k, 16 of them 2048 bytes; the last 1 says so.
 #define BLDM_VALUES_STEP(at, weights, b)                                                                                       \
     "add.u32 x, %" b ", " at ";\n\tmov.b64 b, {x, 0x40000040};\n\t"                                                             \
@@ -106,7 +137,7 @@ __device__ __forceinline__ void multiply_scores(float (&d)[128], float (&rest)[8
 #define BLDM_VALUES_BEGIN "{\n\t.reg .b32 x;\n\t.reg .b64 b;\n\twgmma.fence.sync.aligned;\n\t"
 #define BLDM_VALUES_END "wgmma.commit_group.sync.aligned;\n\t}"
 
-// d += a b: a of 64 rows and 64 or 16 of k in registers, in pairs of neighbours (of 16 of k, rows i % 2 * 8 and k i / 2 * 8 on),
+// d += a b: a of 64 rows and 64, 80 or 16 of k in registers, in pairs of neighbours (of 16 of k, rows i % 2 * 8 and k i / 2 * 8 on),
 // b of as many rows with 64 columns. It goes on behind the call, until `wait_values`.
 __device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[16], uint32_t b) {
     asm volatile(BLDM_VALUES_BEGIN BLDM_VALUES_STEP("0", "%32, %33, %34, %35", "48")
@@ -114,6 +145,15 @@ __device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (
                          BLDM_VALUES_STEP("384", "%44, %45, %46, %47", "48") BLDM_VALUES_END
                  : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)
                  : BLDM_16("r", a, 0), "r"(b)
+                 : "memory");
+}
+__device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[20], uint32_t b) {
+    asm volatile(BLDM_VALUES_BEGIN BLDM_VALUES_STEP("0", "%32, %33, %34, %35", "52")
+                     BLDM_VALUES_STEP("128", "%36, %37, %38, %39", "52") BLDM_VALUES_STEP("256", "%40, %41, %42, %43", "52")
+                         BLDM_VALUES_STEP("384", "%44, %45, %46, %47", "52") BLDM_VALUES_STEP("512", "%48, %49, %50, %51", "52")
+                             BLDM_VALUES_END
+                 : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)
+                 : BLDM_16("r", a, 0), BLDM_4("r", a, 16), "r"(b)
                  : "memory");
 }
 __device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
@@ -134,6 +174,8 @@ __device__ __forceinline__ void wait_values(float (&d)[32]) {
 #undef BLDM_64
 #undef BLDM_SCORES_STEP
 #undef BLDM_SCORES
+#undef BLDM_BOTH_STEP
+#undef BLDM_BOTH
 #undef BLDM_VALUES_STEP
 #undef BLDM_VALUES_BEGIN
 #undef BLDM_VALUES_END

@@ -189,6 +189,15 @@ inline void load_transposed(uint32_t (&to)[4], uint32_t address) {
     for (int i = 0; i < 4; ++i) to[i] = *element(i, column, row) | uint32_t(*element(i, column + 1, row)) << 16;
     emulator::meet_warp();
 }
+inline uint32_t transposed(uint32_t pair) {
+    const int row = machine.lane() / 4, column = machine.lane() % 4 * 2;
+    const auto at = [&](int r, int c) { return emulator::warp().words[4 * r + c / 2][0] >> c % 2 * 16 & 0xFFFF; };
+    emulator::warp().words[machine.lane()][0] = pair;
+    emulator::meet_warp();
+    const uint32_t result = at(column, row) | at(column + 1, row) << 16;
+    emulator::meet_warp();
+    return result;
+}
 template <class... Words>
 void store_transposed(uint32_t address, Words... words) {
     show_address(address);

@@ -74,6 +74,25 @@ void multiply_scores(float (&d)[128], float (&rest)[kRest], uint32_t a, uint32_t
     }
 }
 
+inline void end_products() {
+    for (auto& product : machine.current->products) product();
+    machine.current->products.clear();
+}
+
+template <int kCount>
+void multiply_both(float (&d)[kCount], float (&e)[kCount], uint32_t a, uint32_t b, uint32_t x, uint32_t y) {
+    const int lane = machine.lane(), g = lane / 4, t = lane % 4, warp = machine.current->thread / 32 % 4;
+    end_products();
+    for (int i = 0; i < kCount; ++i) {
+        const int row = 16 * warp + g + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * t + i % 2;
+        d[i] = e[i] = 0;
+        for (int k = 0; k < 64; ++k) {
+            d[i] += of_matrix(a, row, k) * of_matrix(b, column, k);
+            e[i] += of_matrix(x, row, k) * of_matrix(y, column, k);
+        }
+    }
+}
+
 // What a product reads in shared memory it may read as late as when it is waited for.
 template <int kWords>
 void multiply_values(float (&d)[32], const uint32_t (&a)[kWords], uint32_t b) {
@@ -95,9 +114,6 @@ void multiply_values(float (&d)[32], const uint32_t (&a)[kWords], uint32_t b) {
             for (int k = 0; k < 4 * kWords; ++k) d[i] += rows[i / 2 % 2][k] * of_matrix(b, k, 8 * (i / 4) + 2 * t + i % 2);
     });
 }
-inline void wait_values(float (&)[32]) {
-    for (auto& product : machine.current->products) product();
-    machine.current->products.clear();
-}
+inline void wait_values(float (&)[32]) { end_products(); }
 
 }  // namespace bldm::cuda
