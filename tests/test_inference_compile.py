@@ -92,13 +92,16 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
             yield pixels.pixels, (low(2, side, side, channels), torch.zeros(2, 2, 32), norm, *last)
         yield pixels.patches, (torch.zeros(2, 3, side, side), 32, torch.bfloat16)
 
-    from bldm_kernels.training.triton import attention as training_attention
     from bldm_kernels.training.triton import gelu
+    from bldm_kernels.training.triton import norm as end_of_branch
 
+    x, vector, moment = low(64, 257, 768), low(768), torch.zeros(64, 257, 1)
+    for missing in (None, vector):
+        yield end_of_branch.forward, (x, x, missing, vector, vector, 1e-5)
+        yield end_of_branch.backward, (x, None if missing is None else x, x, moment, moment, vector)
     h = low(16448, 3072)
     yield gelu.forward, (h, low(3072), h)
     yield gelu.backward, (h, h, low(3072), h)
-    yield training_attention.join, (low(64, 257, 12, 64),) * 3
 
 
 def main() -> None:
@@ -127,7 +130,7 @@ def main() -> None:
     print("kernel, registers, spilled bytes, shared memory, constants", *sorted(set(map(repr, report))), sep="\n")
     denoiser = {"attend", "tokens", "head_logits", "head_step", "rows", "tiles"}
     autoencoder = {"finish_kernel", "taps_kernel", "sum_kernel", "patches_kernel"}
-    training = {"gelu", "gelu_gradient", "join_parts"}
+    training = {"gelu", "gelu_gradient", "sum_parts", "add_rows", "add_rows_gradient"}
     assert {name for name, *_ in report} == denoiser | autoencoder | training
     few = {"finish_kernel": 16}  # bytes a thread: ptxas prefers them to one block fewer on a multiprocessor
     assert all(spilled <= few.get(name, 0) for name, _, spilled, *_ in report), "a kernel spills registers"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import bldm_kernels as bk
 import bldm_kernels.training.attention  # they are defined when they are imported
-import bldm_kernels.training.gelu  # noqa: F401
+import bldm_kernels.training.gelu
+import bldm_kernels.training.norm  # noqa: F401
 from bldm_kernels import dispatch
 
 B, R, C = 2, 3, 12
@@ -51,7 +52,12 @@ def training_samples() -> dict[str, list[tuple[Any, ...]]]:
 
     x, weight, bias = random(B, R, 8), random(24, 8), random(24)
     out, qkv, log_sums = (value.detach() for value in torch.ops.bldm.attention(x, weight, bias, 2))
+    h, vectors = random(B, R, 8), [random(8) for _ in range(3)]
+    total, grad, *moments = (value.detach() for value in torch.ops.bldm.add_norm(x, h, *vectors, 1e-5))
+    given = (total, *moments, vectors[0].detach())
     return {
+        "add_norm": [(x, h, *vectors, 1e-5), (x, h, None, *vectors[1:], 1e-5)],
+        "add_norm_gradient": [(grad, total, *given), (grad, None, *given)],
         "bias_gelu": [(random(B, R, 5), random(5))],
         "bias_gelu_gradient": [(random(B, R, 5, gradient=False), random(B, R, 5, gradient=False), random(5, gradient=False))],
         "attention": [(x, weight, bias, 2)],

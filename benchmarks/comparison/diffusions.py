@@ -23,14 +23,7 @@ class VectorDenoiser(BinaryDenoiser):
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """x_t (B, h, w, C), t int64 (B,) in 1..num_steps -> (B, h, w, C)."""
         x = x_t.to(self.token_weight.dtype).flatten(1, 2) @ self.token_weight + self.token_bias + self.positions
-        return self.head(self._transform(x, t, label)).view(x_t.shape)
-
-    def _transform(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """Embedded positions (B, N, width) through all blocks."""
-        h, mask, text, text_mask = self._sequence(x, t, label)
-        for block in self.blocks:
-            h = block(h, mask, text, text_mask)
-        return self.norm(h[:, : self.num_positions])
+        return self.head(self.transform(x, t, label)).view(x_t.shape)
 
 
 class TokenDenoiser(VectorDenoiser):
@@ -55,7 +48,7 @@ class TokenDenoiser(VectorDenoiser):
         # a masked token adds nothing; the factor is that of tied embeddings (Vaswani et al. 2017)
         rows = F.embedding(tokens.clamp(min=0) + offsets, self.token_weight) * tokens.ge(0).unsqueeze(-1)
         x = rows.sum(2) * math.sqrt(rows.shape[-1]) + self.token_bias + self.positions
-        h = self._transform(x, t, label)
+        h = self.transform(x, t, label)
         return F.linear(h, self.token_weight.to(h.dtype), self.head_bias.to(h.dtype)).view(*x_t.shape, self.codes)
 
 

@@ -1,5 +1,5 @@
-"""Self-attention behind its linear layer: values by the kernel of inference, which also leaves the logarithms of its sums; from
-them gradients by cuDNN, put together as the layer reads them."""
+"""Self-attention behind its linear layer: values by the kernel of inference, which also leaves the logarithms of its sums, and
+gradients by another, in the layout that the layer reads."""
 
 from typing import Any
 
@@ -8,22 +8,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._ops import library
+from ..backends.native import load_part
 from ..inference import attention as inference
 from ..inference.choice import triton_runs_on
 
+TOKENS = range(256, 261)
+
 
 def fits(tokens: int, width: int, num_heads: int) -> bool:
-    """Whether it is worth it: the kernel takes so many tokens, and heads of this width."""
-    return tokens in inference.WHOLE_HEAD_TOKENS and width == num_heads * inference.WHOLE_HEAD_DIM
+    """Whether it is worth it: the kernels take so many tokens, and heads of this width."""
+    return tokens in TOKENS and width == num_heads * inference.WHOLE_HEAD_DIM
+
+
+def _by_kernels(qkv: Tensor, num_heads: int) -> bool:
+    return qkv.shape[1] in TOKENS and inference.takes_whole_heads(qkv, num_heads)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, heads dim) -> (B, heads, T, dim)"""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _by_kernels(qkv: Tensor, num_heads: int) -> bool:
-    return inference.takes_whole_heads(qkv, num_heads) and torch.backends.cudnn.is_available()
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,27 +45,35 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> tuple[T
 def _gradient(
     grad: Tensor, x: Tensor, weight: Tensor, qkv: Tensor, out: Tensor, log_sums: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, -1))
-    g, o, scale = _heads(grad.contiguous(), num_heads), _heads(out, num_heads), q.shape[-1] ** -0.5
     if _by_kernels(qkv, num_heads):
-        seed, tokens = torch.zeros((), dtype=torch.int64, device=qkv.device), x.shape[1]  # of a dropout that there is not
-        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-        parts = cudnn(g, q, k, v, o, log_sums, seed, seed, None, None, None, tokens, tokens, 0.0, False, scale=scale)
+        together, by_bias = _by_whole_heads(grad.contiguous(), qkv, out, log_sums, num_heads)
     else:
-        q, k, v, g, o = (part.to(log_sums.dtype) for part in (q, k, v, g, o))
+        precise = (*qkv.chunk(3, -1), grad, out)
+        q, k, v, g, o = (_heads(part, num_heads).to(log_sums.dtype) for part in precise)
+        scale = q.shape[-1] ** -0.5
         weights = torch.exp(q @ k.mT * scale - log_sums)
         changes = scale * weights * (g @ v.mT - (g * o).sum(-1, keepdim=True))
-        parts = tuple(part.to(qkv.dtype) for part in (changes @ k, changes.mT @ q, weights.mT @ g))
-    parts = tuple(part.transpose(1, 2).contiguous() for part in parts)
-    if triton_runs_on(qkv.device):
-        from .triton import attention as kernels
-
-        together, by_bias = kernels.join(*parts)
-    else:
-        together = torch.stack(parts, 2).flatten(2)
-        by_bias = together.flatten(0, 1).sum(0)
+        parts = (changes @ k, changes.mT @ q, weights.mT @ g)
+        together = torch.stack([part.transpose(1, 2) for part in parts], 2).flatten(2)
+        by_bias = together.sum((0, 1)).to(weight.dtype)
+        together = together.to(qkv.dtype)
     rows = together.flatten(0, 1)
-    return (rows @ weight).view(x.shape), rows.mT @ x.flatten(0, 1), by_bias.to(weight.dtype)
+    return (rows @ weight).view(x.shape), rows.mT @ x.flatten(0, 1), by_bias
+
+
+def _by_whole_heads(grad: Tensor, qkv: Tensor, out: Tensor, log_sums: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """The gradient of qkv, and its sum over samples and tokens."""
+    together, sums = torch.empty_like(qkv), qkv.new_empty(len(qkv), 1, qkv.shape[2], dtype=torch.float32)
+    pointers = (tensor.data_ptr() for tensor in (qkv, grad, out, log_sums))
+    stream = torch.cuda.current_stream(qkv.device).cuda_stream
+    load_part("cuda")[0].attention_gradient(  # type: ignore[union-attr]
+        *pointers, *qkv.shape[:2], num_heads, together.data_ptr(), sums.data_ptr(), qkv.get_device(), stream
+    )
+    if not triton_runs_on(qkv.device):
+        return together, sums.sum((0, 1)).to(qkv.dtype)
+    from .triton.sums import sum_of_parts
+
+    return together, sum_of_parts(sums, qkv.dtype)[0]
 
 
 TAGS = (torch.Tag.pt2_compliant_tag,)

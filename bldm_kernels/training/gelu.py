@@ -36,7 +36,7 @@ def _gradient(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
     grad, x = grad.contiguous(), x.contiguous()
     out, rows = torch.empty_like(x), (-1, x.shape[-1])
-    return out, kernels.backward(grad.view(rows), x.view(rows), bias, out).to(bias.dtype)
+    return out, kernels.backward(grad.view(rows), x.view(rows), bias, out)
 
 
 TAGS = (torch.Tag.pt2_compliant_tag,)

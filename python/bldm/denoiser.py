@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import bldm_kernels as bk
 from bldm_kernels.training.attention import attention, fits
 from bldm_kernels.training.gelu import bias_gelu
+from bldm_kernels.training.norm import add_norm
 
 from .checkpoint import PretrainedModel
 from .parts import part
@@ -76,8 +77,25 @@ class CrossAttention(nn.Module):
         return self.proj(attend(self.query(x).unflatten(-1, (self.num_heads, -1)), k, v, mask))
 
 
+# What a block adds to the residual stream: (B, T, W), and the bias (W,) that is still missing from it, if any.
+Branch = tuple[Tensor, Tensor | None]
+
+
+def end_branch(x: Tensor, branch: Branch | None, norm: nn.LayerNorm, fused: bool) -> tuple[Tensor, Tensor]:
+    """The stream x with what the last branch adds to it, and the norm of that, which the next one begins with."""
+    if branch is None:
+        return x, norm(x)
+    h, bias = branch
+    if fused:
+        return add_norm(x, h, bias, norm.weight, norm.bias, norm.eps)
+    x = x + (h if bias is None else h + bias)
+    return x, norm(x)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each scaled by a learned vector (LayerScale); cross attention to text between them, if any.
+
+    It leaves what its MLP adds to the stream to the next block, whose norm comes with it in one pass.
 
     Attributes:
         fused: in training, take the operators of `bldm_kernels.training`; for bfloat16 on a GPU, within a CUDA graph.
@@ -98,11 +116,17 @@ class Block(nn.Module):
             self.cross = CrossAttention(width, text_width, num_heads)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, text: Tensor | None = None, text_mask: Tensor | None = None
-    ) -> Tensor:
-        with part("norm"):
-            h = self.norm1(x)
+        self,
+        x: Tensor,
+        branch: Branch | None = None,
+        mask: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Branch]:
+        """Stream and branch of the block before -> those of this one. mask: which tokens there are; text_mask: of the text."""
         fused = self.fused and self.training
+        with part("norm"):
+            x, h = end_branch(x, branch, self.norm1, fused)
         if fused and mask is None and fits(x.shape[1], x.shape[2], self.num_heads):
             with part("attention"):
                 h = attention(h, self.qkv.weight, self.qkv.bias, self.num_heads)
@@ -112,23 +136,27 @@ class Block(nn.Module):
             with part("attention"):
                 h = attend(q, k, v, mask)
         with part("proj"):
-            x = x + F.dropout(self._scaled(self.proj, self.gamma1, h), self.dropout, self.training)
+            branch = self._scaled(self.proj, self.gamma1, h, fused)
         if self.cross is not None:
             with part("cross attention"):
-                h = self.cross(self.norm_cross(x), text, text_mask)
-                x = x + self.gamma_cross * F.dropout(h, self.dropout, self.training)
+                x, h = end_branch(x, branch, self.norm_cross, fused)
+                h = self.cross(h, text, text_mask)
+                branch = self.gamma_cross * F.dropout(h, self.dropout, self.training), None
         with part("norm"):
-            h = self.norm2(x)
+            x, h = end_branch(x, branch, self.norm2, fused)
         with part("mlp"):
             up, gelu = self.mlp[0], self.mlp[1]
             h = bias_gelu(F.linear(h, up.weight), up.bias) if fused else gelu(up(h))  # type: ignore[arg-type]
-            return x + F.dropout(self._scaled(self.mlp[2], self.gamma2, h), self.dropout, self.training)
+            return x, self._scaled(self.mlp[2], self.gamma2, h, fused)
 
-    def _scaled(self, linear: Any, gamma: Tensor, x: Tensor) -> Tensor:
+    def _scaled(self, linear: Any, gamma: Tensor, x: Tensor, fused: bool) -> Branch:
         """gamma * linear(x). In training the factor goes into the weights: the output need not be kept for its gradient."""
-        if self.training:
-            return F.linear(x, gamma.unsqueeze(1) * linear.weight, gamma * linear.bias)
-        return gamma * linear(x)
+        if not self.training:
+            return gamma * linear(x), None
+        weight, bias = gamma.unsqueeze(1) * linear.weight, gamma * linear.bias
+        if fused and not self.dropout:
+            return F.linear(x, weight), bias
+        return F.dropout(F.linear(x, weight, bias), self.dropout), None
 
 
 class Conditioned:
@@ -184,8 +212,12 @@ class BinaryDenoiser(nn.Module, PretrainedModel, Conditioned):
         text_width: channels of a text condition: a vector a sample, which becomes a token (no text is no token).
         cross_attention: the text is a sequence instead, which every block attends to (no text is a learned token).
 
-    Attributes: `null_label`, the condition that means none: `num_classes`, or 0 (all zeros) for text.
+    Attributes:
+        null_label: the condition that means none: `num_classes`, or 0 (all zeros) for text.
+        fused: as of its blocks.
     """
+
+    fused = False
 
     def __init__(
         self,
@@ -255,14 +287,21 @@ class BinaryDenoiser(nn.Module, PretrainedModel, Conditioned):
         bk.checks.shape("t", t, x_t.shape[:1], "one a sample")
         with part("embed"):
             x = bk.embed_bits(x_t.flatten(1, -2), self.token_weight, self.token_bias) + self.positions
+        h = self.transform(x, t, label)
+        with part("head"):
+            logits = self.head(h)
+        return logits.view(*x_t.shape[:-1], self.num_bits)
+
+    def transform(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """Embedded positions (B, N, width) through all blocks and the last norm; the rest as in `forward`."""
         with part("time and condition"):
             h, mask, text, text_mask = self._sequence(x, t, label)
+        branch = None
         for i, block in enumerate(self.blocks):
             with part(f"block {i}"):
-                h = block(h, mask, text, text_mask)
+                h, branch = block(h, branch, mask, text, text_mask)
         with part("head"):
-            logits = self.head(self.norm(h[:, : self.num_positions]))
-        return logits.view(*x_t.shape[:-1], self.num_bits)
+            return end_branch(h, branch, self.norm, self.fused and self.training)[1][:, : self.num_positions]
 
     def optimize(
         self,

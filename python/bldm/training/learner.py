@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..autoencoder import BinaryAutoencoder
-from ..denoiser import BinaryDenoiser, Block
+from ..denoiser import BinaryDenoiser
 from . import sharding
 from .graph import Graphed
 from .options import TrainOptions
@@ -67,7 +67,7 @@ class Learner:
             # DDP keeps what belongs to no graph.
             if isinstance(model, BinaryDenoiser) and accel.device.type == "cuda" and accel.num_processes == 1:
                 if bf16 and torch.cuda.get_device_capability(accel.device) == (9, 0):
-                    fuse_blocks(computes)
+                    fuse(computes)
                 computes = Graphed(computes)
             # Not placed on the device again, which could give the parameters memory of their own.
             self.module = accel.prepare_model(computes, device_placement=False)
@@ -144,10 +144,11 @@ class Learner:
             self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def fuse_blocks(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.fused = True
+def fuse(model: nn.Module) -> None:
+    """Let it train on the operators of `bldm_kernels.training`."""
+    assert isinstance(model, BinaryDenoiser)
+    for module in (model, *model.blocks):
+        module.fused = True  # type: ignore[assignment]
 
 
 def compile_blocks(model: nn.Module) -> None:
