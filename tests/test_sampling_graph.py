@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import require_gpu
 from standins import berdiff, bigr, bld
+from tiny_models import tiny_model
 from torch import Tensor, nn
 
 import bldm_kernels as bk
@@ -187,6 +188,15 @@ def test_logits_that_are_not_finite_are_found_in_a_replay() -> None:
     with pytest.raises(FloatingPointError, match="not finite at step"):
         taken.sample(8, 4)
     assert len(taken.graphs) == 1
+
+
+def test_logits_that_are_not_finite_leave_no_images() -> None:
+    model = tiny_model().cuda()
+    model.sample(4, steps=4)
+    with torch.no_grad():
+        next(model.denoiser.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        model.sample(4, steps=4)
 
 
 class Wide(nn.Module):

@@ -49,7 +49,7 @@ class Painter:
         `labels` is its condition: classes, or the features of texts for a denoiser that takes them (see `encode_text`).
         """
         self._check_labels(labels)
-        latents = self._sampler_by(rule).sample(
+        samples, check = self._sampler_by(rule).launch(
             num_samples,
             steps,
             cond=labels,
@@ -59,7 +59,9 @@ class Painter:
             batch_size=batch_size,
             callback=callback,
         )
-        return self.decode(latents, batch_size=batch_size)
+        images = self.decode(samples.latents, batch_size=batch_size)
+        check()  # behind the decoder's start, as it waits for the device
+        return images
 
     def _sampler_by(self, rule: str) -> FastSampler:
         return self.sampler(rule=rule)

@@ -119,8 +119,17 @@ class FastSampler:
         samples = self.run(num_samples, steps, **options)
         return samples.latents if samples.probability is None else samples.probability
 
+    def run(self, num_samples: int, steps: int = 16, **options: Any) -> Samples:
+        """Run the reverse process: `launch`, with its arguments, and wait for the result.
+
+        Raises: FloatingPointError naming the step when logits are not finite; TypeError, ValueError for wrong arguments.
+        """
+        samples, check = self.launch(num_samples, steps, **options)
+        check()
+        return samples
+
     @torch.no_grad()
-    def run(
+    def launch(
         self,
         num_samples: int,
         steps: int = 16,
@@ -139,8 +148,8 @@ class FastSampler:
         history: bool = False,
         batch_size: int | None = None,
         callback: Callable[[StepInfo], None] | None = None,
-    ) -> Samples:
-        """Run the reverse process.
+    ) -> tuple[Samples, Callable[[], None]]:
+        """Start the reverse process, so that more work for the device can follow without a wait.
 
         Args:
             num_samples: B >= 0.
@@ -159,7 +168,10 @@ class FastSampler:
             batch_size: at most so many samples at once.
             callback: called after every step with a `StepInfo`.
 
-        Raises: FloatingPointError naming the step when logits are not finite; TypeError, ValueError for wrong arguments.
+        Returns: the samples, and a function that waits for them and raises FloatingPointError, naming the step, when logits were
+        not finite: call it before they are used for good. On a CPU that is raised at once.
+
+        Raises: TypeError, ValueError for wrong arguments.
         """
         device = self.device
         job = self._desk.job(
@@ -183,7 +195,12 @@ class FastSampler:
         execution = self._prepare(device)
         with execution.anatomy.evaluating():
             parts = [self._batch(job, first, plan, inputs, execution, callback) for first, plan, inputs in job.batches(size)]
-        return _join(parts, job)
+
+        def check() -> None:
+            for _, counts in parts:
+                _check_finite(counts, job.timesteps)
+
+        return _join([samples for samples, _ in parts], job), check
 
     def _prepare(self, device: torch.device) -> Execution:
         """The denoiser, compiled if so, on the device where its weights are now."""
@@ -199,11 +216,11 @@ class FastSampler:
         inputs: Inputs,
         execution: Execution,
         callback: Callable[[StepInfo], None] | None,
-    ) -> Samples:
+    ) -> tuple[Samples, Tensor]:
+        """The samples of one batch, and how many logits were not finite in each step."""
+
         def check(counts: Tensor) -> None:
-            for i, count in enumerate(counts.tolist()):
-                if count:
-                    raise FloatingPointError(f"denoiser: {count} logits are not finite at step {i} (timestep {job.timesteps[i]})")
+            _check_finite(counts, job.timesteps)
 
         def report(i: int, x: Tensor) -> None:
             if callback is not None:
@@ -217,11 +234,9 @@ class FastSampler:
             loop.load(inputs)
             # elsewhere than on a CPU reading the counter would stall the loop: it is read once, at the end
             loop.run(None if callback is None else report, check if execution.device.type == "cpu" else None)
-        # a captured loop's tensors are written again by its next replay; copied before the check, which waits for the device
+        # a captured loop's tensors are written again by its next replay
         hook = {name: buffer.clone() for name, buffer in loop.hook_buffers.items()}
-        samples = Samples(loop.x.clone(), _copied(loop.probability), _copied(loop.states), hook)
-        check(loop.nonfinite)
-        return samples
+        return Samples(loop.x.clone(), _copied(loop.probability), _copied(loop.states), hook), loop.nonfinite.clone()
 
     def _replay(self, plan: Plan, inputs: Inputs, execution: Execution) -> Loop | None:
         """All steps as one graph; None, after a warning, where that cannot be."""
@@ -249,6 +264,12 @@ def _fingerprint(execution: Execution) -> Hashable:
         forced_backend(),
     )
     return (id(execution), *settings, *execution.anatomy.addresses())
+
+
+def _check_finite(counts: Tensor, timesteps: list[int]) -> None:
+    for i, count in enumerate(counts.tolist()):
+        if count:
+            raise FloatingPointError(f"denoiser: {count} logits are not finite at step {i} (timestep {timesteps[i]})")
 
 
 def _copied(x: Tensor | None) -> Tensor | None:
