@@ -3,8 +3,9 @@
 //
 // A block stays on its multiprocessor and takes heads (or halves of them) in turn. Two of its warpgroups, the mixers, have 64 of
 // the first 256 queries at a time. The third brings the next head's queries, keys and values while the others work on this one,
-// and computes the few queries behind the 256th, on which a tile of 64 would be spent, by products of single warps. The tensor cores and the units of exponentials need about as long as one another for a head,
-// so the mixers take turns with the exponentials: meanwhile the other one multiplies.
+// and computes the few queries behind the 256th, on which a tile of 64 would be spent, by products of single warps. The tensor
+// cores and the units of exponentials need about as long as one another for a head, so the mixers take turns with the
+// exponentials: meanwhile the other one multiplies.
 #pragma once
 
 #include "cuda/lanes.cuh"
