@@ -1,36 +1,15 @@
 // The launches of attention_kernel.cuh and attention_gradient_kernel.cuh.
 #include "cuda/attention_gradient_kernel.cuh"
 
-#include <cudaTypedefs.h>
+#include "cuda/tensor_map.cuh"
 
 namespace bldm::cuda {
 
 namespace {
 
-// The driver's function, without linking to the driver.
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("attention: the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
 // Of a tensor (samples, tokens, columns) in bfloat16.
 TensorMap map_of(const void* tensor, int64_t samples, int64_t tokens, int64_t heads) {
-    using namespace attend;
-    static const auto encode = tensor_map_encoder();
-    const uint64_t columns = heads * kHeadWidth;
-    const cuuint64_t sizes[] = {columns, cuuint64_t(tokens), cuuint64_t(samples)};
-    const cuuint64_t strides[] = {2 * columns, 2 * columns * tokens};  // bytes, of tokens and samples
-    const cuuint32_t box[] = {kHeadWidth, kBoxTokens, 1}, steps[] = {1, 1, 1};
-    TensorMap map;
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(tensor), sizes, strides, box, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) throw std::runtime_error("attention: cuTensorMapEncodeTiled: " + std::to_string(int(result)));
-    return map;
+    return map_of(tensor, false, samples, tokens, heads * attend::kHeadWidth, attend::kBoxTokens);
 }
 
 void check_sizes(int64_t samples, int64_t tokens, int64_t most, int64_t heads) {

@@ -273,7 +273,7 @@ __device__ __forceinline__ uint32_t e4m3_of_halves(uint32_t first, uint32_t seco
 
 // The launch's shared memory, from the first multiple of 1024 on, which is the same in all blocks of a cluster.
 __device__ __forceinline__ uint8_t* aligned_shared() {
-    extern __shared__ uint8_t raw[];
+    extern __shared__ __align__(1024) uint8_t raw[];
     return raw + (1024 - shared_address(raw) % 1024) % 1024;
 }
 

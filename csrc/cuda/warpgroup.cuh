@@ -1,5 +1,5 @@
-// For kernels whose warpgroups have roles of their own, for compute capability 9.0: copies of boxes of a tensor, products in
-// bfloat16, registers that move between warpgroups. tests/emulator/cuda/warpgroup.cuh has the same functions for the CPU.
+// For kernels whose warpgroups have roles of their own, for compute capability 9.0: copies of boxes of a tensor, products,
+// registers that move between warpgroups. tests/emulator/cuda/warpgroup.cuh has the same functions for the CPU.
 #pragma once
 
 #include <cuda.h>
@@ -24,6 +24,39 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int x, 
         : "memory");
 }
 
+// The same to the same place of every block of the cluster whose bit is set, and to its barrier.
+__device__ __forceinline__ void copy_box_to(uint16_t blocks, void* to, const TensorMap* map, int x, int y, int z,
+                                            uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, "
+        "%4}], [%5], %6;" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(blocks)
+        : "memory");
+}
+
+// Where `there` says so, without a branch: those would keep instructions on both sides of them apart.
+__device__ __forceinline__ void store_if(bool there, void* to, uint4 x) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n\t}" ::"r"(
+                     uint32_t(there)),
+                 "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+__device__ __forceinline__ void store_if(bool there, void* to, uint2 x) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.v2.u32 [%1], {%2, %3};\n\t}" ::"r"(uint32_t(there)),
+                 "l"(to), "r"(x.x), "r"(x.y)
+                 : "memory");
+}
+
+// From shared memory each time that it is called: the compiler might keep what it has loaded before, in registers that a kernel
+// has not got.
+__device__ __forceinline__ float4 load_four_again(const float* from) {
+    float4 x;
+    asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(shared_address(from)));
+    return x;
+}
+
 // The stream's next kernel may start where there is room; for what this one writes, it waits all the same.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
@@ -46,6 +79,12 @@ __device__ __forceinline__ void sync_part(int barrier) {
 __device__ __forceinline__ float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ __half2 tanh_fast(__half2 x) {
+    __half2 y;
+    asm("tanh.approx.f16x2 %0, %1;" : "=r"(reinterpret_cast<uint32_t&>(y)) : "r"(reinterpret_cast<const uint32_t&>(x)));
     return y;
 }
 
@@ -167,6 +206,54 @@ __device__ __forceinline__ void wait_values(float (&d)[32]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)::"memory");
 }
 
+// 32 bytes of k of a product: `at` is where they are in the rows.
+#define BLDM_STAGE_STEP(at, add, shape, orders, d, a, b)                                                                       \
+    "add.u32 x, %" a ", " at ";\n\tadd.u32 y, %" b ", " at ";\n\tmov.b64 a, {x, 0x40000040};\n\tmov.b64 b, {y, 0x40000040};\n\t" \
+    "wgmma.mma_async.sync.aligned." shape " {" d "}, a, b, " add ", 1, 1" orders ";\n\t"
+#define BLDM_STAGE(shape, orders, d, a, b, add)                                                                                \
+    "{\n\t.reg .pred p;\n\t.reg .b32 x, y;\n\t.reg .b64 a, b;\n\tsetp.ne.u32 p, %" add ", 0;\n\t"                              \
+    BLDM_STAGE_STEP("0", "p", shape, orders, d, a, b) BLDM_STAGE_STEP("2", "1", shape, orders, d, a, b)                          \
+    BLDM_STAGE_STEP("4", "1", shape, orders, d, a, b) BLDM_STAGE_STEP("6", "1", shape, orders, d, a, b) "}"
+#define BLDM_IN_E4M3(columns) "m64n" columns "k32.f32.e4m3.e4m3", ""
+#define BLDM_IN_BFLOAT16(columns) "m64n" columns "k16.f32.bf16.bf16", ", 0, 0"
+#define BLDM_EITHER(columns, registers, results)                                                                                \
+    if constexpr (kLow)                                                                                                        \
+        asm volatile(BLDM_APPLY(BLDM_STAGE, BLDM_IN_E4M3(columns), registers) : results : "r"(a), "r"(b), "r"(added) : "memory"); \
+    else                                                                                                                       \
+        asm volatile(BLDM_APPLY(BLDM_STAGE, BLDM_IN_BFLOAT16(columns), registers) : results : "r"(a), "r"(b), "r"(added) : "memory")
+#define BLDM_APPLY(form, ...) form(__VA_ARGS__)
+#define BLDM_LIST(...) __VA_ARGS__
+
+// d = a b^T, or with `added` d += a b^T, over k of 128 bytes, in e4m3 (kLow) or bfloat16: a of 64 rows, b of 64, 128 or 192.
+// Between `begin_products` and `commit_products`; results are there behind `wait_products` and `settle`.
+template <bool kLow>
+__device__ __forceinline__ void multiply_stage(float (&d)[32], uint32_t a, uint32_t b, uint32_t added) {
+    BLDM_EITHER("64", BLDM_LIST(BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") "%30, %31", "32", "33", "34"),
+                BLDM_LIST(BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)));
+}
+template <bool kLow>
+__device__ __forceinline__ void multiply_stage(float (&d)[64], uint32_t a, uint32_t b, uint32_t added) {
+    BLDM_EITHER("128",
+                BLDM_LIST(BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") BLDM_TEN("3") BLDM_TEN("4") BLDM_TEN("5") "%60, %61, %62, %63",
+                          "64", "65", "66"),
+                BLDM_LIST(BLDM_64("+f", d, 0)));
+}
+template <bool kLow>
+__device__ __forceinline__ void multiply_stage(float (&d)[96], uint32_t a, uint32_t b, uint32_t added) {
+    BLDM_EITHER("192",
+                BLDM_LIST(BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") BLDM_TEN("3") BLDM_TEN("4") BLDM_TEN("5") BLDM_TEN("6")
+                              BLDM_TEN("7") BLDM_TEN("8") "%90, %91, %92, %93, %94, %95",
+                          "96", "97", "98"),
+                BLDM_LIST(BLDM_64("+f", d, 0), BLDM_16("+f", d, 64), BLDM_16("+f", d, 80)));
+}
+
+// Behind `wait_products`, so that the compiler uses no results before.
+__device__ __forceinline__ void settle(float (&d)[32]) { asm volatile("" : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)); }
+__device__ __forceinline__ void settle(float (&d)[64]) { asm volatile("" : BLDM_64("+f", d, 0)); }
+__device__ __forceinline__ void settle(float (&d)[96]) {
+    asm volatile("" : BLDM_64("+f", d, 0), BLDM_16("+f", d, 64), BLDM_16("+f", d, 80));
+}
+
 #undef BLDM_TEN
 #undef BLDM_HUNDRED
 #undef BLDM_4
@@ -179,5 +266,12 @@ __device__ __forceinline__ void wait_values(float (&d)[32]) {
 #undef BLDM_VALUES_STEP
 #undef BLDM_VALUES_BEGIN
 #undef BLDM_VALUES_END
+#undef BLDM_STAGE_STEP
+#undef BLDM_STAGE
+#undef BLDM_IN_E4M3
+#undef BLDM_IN_BFLOAT16
+#undef BLDM_EITHER
+#undef BLDM_APPLY
+#undef BLDM_LIST
 
 }  // namespace bldm::cuda

@@ -1,0 +1,180 @@
+// The products of a transformer's layers with the residual stream, in bfloat16 or e4m3: those that read the stream behind a norm
+// and those that add to it. Rows are tokens, columns what the layer makes of them, both operands have k along their rows.
+//
+// LayerNorm stands behind the product, as in layer_stack: with m and r the mean and the reciprocal deviation of a row of the
+// stream x, W ((x - m) r) + b = r (W x - m W 1) + b. So whoever adds to the stream leaves the moments of what it wrote, a part
+// for each tile of columns, and, for products in e4m3, a copy of it in e4m3; no pass of its own is left to a norm.
+//
+// A block stays on its multiprocessor and takes tiles in turn. One thread of the last warpgroup brings stages of 128 bytes of k,
+// ahead of the others by as many as there is room for, whatever tile they belong to; its other warps prepare what is needed
+// behind the product. The other warpgroups share the tile and go at their own pace, so that one multiplies while another writes.
+// The blocks of a cluster have tiles with the same rows or the same columns: each one fetches a part of what they share for all.
+//
+// The weights' rows come in an order (inference/stream.py) in which eight neighbouring columns of a row are one thread's.
+#pragma once
+
+#include "cuda/product_tiles.cuh"
+
+namespace bldm::cuda::products {
+
+// One operand of a block's stages: all of its rows for this block, or, where the cluster shares them, a part for all its blocks.
+template <int kTileRows, int kCluster>
+struct Operand {
+    static constexpr int kPart = kTileRows / kCluster;
+    const TensorMap* map;
+    bool shared;
+    int rank, first_row;
+
+    __device__ void fetch(uint8_t* to, int x, uint64_t* barrier) const {
+        if (shared)
+            copy_box_to((1 << kCluster) - 1, to + rank * kPart * kStageDepth, map, x, first_row + rank * kPart, 0, barrier);
+        else
+            copy_box(to, map, x, first_row, 0, barrier);
+    }
+};
+
+// One thread. Weights do not depend on the kernel before this one, so the first of them are asked for before it ends.
+template <bool kLow, class S>
+__device__ inline void fetch_all(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
+    constexpr int kValues = kStageDepth / (kLow ? 1 : 2);
+    Operand<S::kRows, S::kCluster> rows{&a.rows, !a.share_weights, rank, 0};
+    Operand<S::kColumns, S::kCluster> weights{&a.weights, bool(a.share_weights), rank, 0};
+    Place<S::kStages> place;
+    for (int unit = cluster; unit < a.units; unit += clusters) {
+        const Tile tile(a, unit, rank, S::kCluster);
+        rows.first_row = tile.row_tile * S::kRows, weights.first_row = tile.column_tile * S::kColumns;
+        for (int step = 0; step < a.steps; ++step) {
+            uint64_t* full = s.full(place.slot);
+            wait_for(s.empty(place.slot), place.parity ^ 1);
+            expect_bytes(full, Shared<S>::kStageBytes);
+            weights.fetch(s.weights(place.slot), step * kValues, full);
+            if (unit == cluster && step == 0) wait_for_inputs();
+            rows.fetch(s.rows(place.slot), step * kValues, full);
+            place.advance();
+        }
+    }
+}
+
+// The rest of the last warpgroup: what the others need behind the product.
+template <Kind kKind, class S>
+__device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
+    const int i = threadIdx.x - (S::kBlockThreads - kPreparers);
+    const float* const vectors[kVectors] = {kKind == kAdd ? a.offset : a.by_one, a.bias, a.by_offset};
+    const float scale = kKind != kAdd && a.weight_scale ? *a.input_scale * *a.weight_scale : 1;
+    wait_for_inputs();
+    Turn<S> turn;
+    for (int unit = cluster; unit < a.units; unit += clusters, turn.advance()) {
+        const Tile tile(a, unit, rank, S::kCluster);
+        const int first_row = tile.row_tile * S::kRows, first_column = tile.column_tile * S::kColumns;
+        wait_for(s.used(turn.set), turn.parity ^ 1);
+        for (int which = 0; which < kVectors; ++which)
+            for (int column = i; column < S::kColumns; column += kPreparers)
+                s.vector(turn.set, which)[column] =
+                    vectors[which] && first_column + column < a.num_columns ? __ldg(vectors[which] + first_column + column) : 0;
+        if constexpr (kKind != kAdd)
+            for (int row = i; row < S::kRows; row += kPreparers) {
+                float sum = 0, squares = 0;
+                if (first_row + row < a.num_rows)
+                    for (int part = 0; part < a.parts; ++part) {
+                        const float2 x = a.moments[int64_t(first_row + row) * a.parts + part];
+                        sum += x.x, squares += x.y;
+                    }
+                const float mean = sum / a.depth, variance = squares / a.depth - mean * mean;
+                const float r = rsqrtf(fmaxf(variance, 0) + a.eps);
+                s.scales(turn.set)[row] = make_float2(r * scale, -mean * r);
+            }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(s.prepared(turn.set));
+    }
+}
+
+// A warpgroup's part of the tiles of its set.
+template <Kind kKind, bool kLow, int set, class S>
+__device__ __forceinline__ void multiply(const Arguments& a, const Shared<S>& s, int group, int rank, int cluster, int clusters) {
+    const int lane = threadIdx.x % 32;
+    const int first_row = group % S::kOfSet / S::kColumnGroups * 64, first_column = group % S::kColumnGroups * S::kWidth;
+    // uniform, so that operands are named by registers that can be counted up
+    const uint32_t rows = uniform(operand(s.rows(0) + first_row * kStageDepth));
+    const uint32_t weights = uniform(operand(s.weights(0) + first_column * kStageDepth));
+    const auto release = [&](int slot) {
+        if (lane < S::kCluster) arrive_at(s.empty(slot), lane);
+    };
+    wait_for_inputs();
+    Place<S::kStages> place;
+    Turn<S> turn;
+    for (int unit = cluster; unit < a.units; unit += clusters, turn.advance()) {
+        if (S::kSets > 1 && turn.set != set) {
+            place.skip(a.steps);
+            continue;
+        }
+        const Part<S> part(a, s, Tile(a, unit, rank, S::kCluster), set, first_row, first_column);
+        if constexpr (kKind == kAdd) part.ask_for_stream();
+        float sums[S::kBlocks][S::kWidth / 2];
+        int last = 0;
+        // Not before the other set has waited for all its stages: of a stage that is two rounds ahead, a barrier says nothing.
+        if constexpr (S::kSets > 1) wait_for(s.turn(set), turn.parity ^ (set == 0));
+        for (int step = 0; step < a.steps; ++step) {
+            wait_for(s.full(place.slot), place.parity);
+            const uint32_t at = place.slot * (Shared<S>::kStageBytes >> 4);
+            begin_products();
+#pragma unroll
+            for (int block = 0; block < S::kBlocks; ++block)
+                multiply_stage<kLow>(sums[block], rows + at + block * (64 * kStageDepth >> 4), weights + at, step);
+            commit_products();
+            if (step) {
+                wait_products<1>();
+                release(last);
+            }
+            last = place.slot;
+            place.advance();
+        }
+        if (S::kSets > 1 && lane == 0) arrive(s.turn(1 - set));
+        wait_products<0>();
+        release(last);
+#pragma unroll
+        for (int block = 0; block < S::kBlocks; ++block) settle(sums[block]);
+        wait_for(s.prepared(set), turn.parity);
+        if constexpr (kKind == kAdd)
+            part.template add<kLow>(sums);
+        else
+            part.template write<kKind, kLow>(sums);
+        __syncwarp();
+        if (lane == 0) arrive(s.used(set));
+    }
+}
+
+template <Kind kKind, bool kLow, class S>
+static __global__ void __cluster_dims__(S::kCluster) __launch_bounds__(S::kBlockThreads, 1)
+    kernel(const __grid_constant__ Arguments a) {
+    const Shared<S> s{aligned_shared()};
+    const int group = int(uniform(threadIdx.x / kGroup)), rank = int(cluster_rank());
+    const int cluster = blockIdx.x / S::kCluster, clusters = gridDim.x / S::kCluster;
+    if (threadIdx.x == 0) {
+        prefetch_map(&a.rows), prefetch_map(&a.weights);
+        for (int i = 0; i < S::kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), S::kOfSet * 4 * S::kCluster);
+        for (int i = 0; i < S::kSets; ++i) {
+            init_barrier(s.prepared(i), kPreparers / 32), init_barrier(s.used(i), S::kOfSet * 4);
+            init_barrier(s.turn(i), S::kOfSet * 4);
+        }
+        publish_barriers();
+    }
+    sync_cluster();
+    let_next_start();
+    if (group < S::kGroups) {
+        if constexpr (S::kGroups > 1) take_registers<S::kRegisters>();
+        if (S::kSets == 1 || group < S::kOfSet)
+            multiply<kKind, kLow, 0>(a, s, group, rank, cluster, clusters);
+        else
+            multiply<kKind, kLow, 1>(a, s, group, rank, cluster, clusters);
+    } else {
+        if constexpr (S::kGroups > 1) give_registers<S::kFetcherRegisters>();
+        if (threadIdx.x % kGroup == 0)
+            fetch_all<kLow>(a, s, rank, cluster, clusters);
+        else if (threadIdx.x % kGroup >= 32)
+            prepare<kKind>(a, s, rank, cluster, clusters);
+    }
+    __syncwarp();
+    sync_cluster();  // nobody leaves while the other block may reach into its memory
+}
+
+}  // namespace bldm::cuda::products
