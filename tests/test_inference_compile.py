@@ -31,7 +31,8 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     import torch
 
     from bldm_kernels.inference.product import Weights
-    from bldm_kernels.inference.triton import attention, embed, head, norm, product
+    from bldm_kernels.inference.stream import Reader, Stream
+    from bldm_kernels.inference.triton import attention, embed, head, norm, product, stream
 
     def low(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16)
@@ -43,6 +44,11 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield product.product, (low(rows, 3072), Weights(low(768, 3072), low(768)), True, True, None, h, None, False)
         yield product.product, (low(rows, 3072).to(e4m3), small, True, True, None, h.to(e4m3), one, rows == 257)
         yield product.product, (low(rows, 3072).to(e4m3), small, False, False, h, h, None, rows == 257)
+    sums, vector = torch.zeros(257, 1, 2), torch.zeros(768)
+    for scale in (None, one):
+        reader = Reader(low(2304, 768), vector, vector, None, vector, scale, scale, 1e-5)
+        h = low(257, 768)
+        yield stream.enter, (Stream(h, sums, None if scale is None else h.to(e4m3)), reader, scale is None)
     number, byte = torch.zeros(1, dtype=torch.int64), torch.uint8
     for special in (False, True):
         for batch, tokens, heads, dim in (
@@ -128,7 +134,7 @@ def main() -> None:
     for function, arguments in _calls():
         function(*arguments)
     print("kernel, registers, spilled bytes, shared memory, constants", *sorted(set(map(repr, report))), sep="\n")
-    denoiser = {"attend", "tokens", "head_logits", "head_step", "rows", "tiles"}
+    denoiser = {"attend", "tokens", "head_logits", "head_step", "rows", "tiles", "moments"}
     autoencoder = {"finish_kernel", "taps_kernel", "sum_kernel", "patches_kernel"}
     training = {"gelu", "gelu_gradient", "sum_parts", "add_rows", "add_rows_gradient"}
     assert {name for name, *_ in report} == denoiser | autoencoder | training

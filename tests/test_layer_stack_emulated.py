@@ -10,7 +10,8 @@ from test_inference_layer_stack import make_layers
 from torch import Tensor
 from torch.nn import functional as F
 
-from bldm_kernels.inference.layer_stack import HEADS, HIDDEN, ROWS, WIDTH, LayerStack, _dequantized, norm_behind, plain
+from bldm_kernels.inference.layer_stack import HEADS, HIDDEN, ROWS, WIDTH, LayerStack, norm_behind, plain
+from bldm_kernels.inference.product import dequantized
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +65,14 @@ def test_every_phase_against_float64(emulated: ctypes.CDLL, batch: int, tokens: 
     assert layer.proj.input_scale is not None and layer.down.input_scale is not None
     mixed, inner = from_tiles(run.mixed, rows) * layer.proj.input_scale, from_tiles(run.inner, rows) * layer.down.input_scale
     assert error(mixed, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, -1)) < 4e-2
-    middle = h.double() + mixed @ _dequantized(layer.proj).T
+    middle = h.double() + mixed @ dequantized(layer.proj).T
     assert error(from_tiles(run.stream, rows) * layer.up_stream, middle + layer.up_offset) < 4e-2
     x, (total, squares) = middle + layer.up_offset, run.moments.double().sum(1).T
     torch.testing.assert_close(total / WIDTH, x.mean(1), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(squares / WIDTH - (total / WIDTH) ** 2, x.var(1, unbiased=False), atol=1e-3, rtol=1e-2)
     expected = F.gelu(norm_behind(middle, layer.up, layer.up_offset.double(), layer.up_stream, 1e-5))
     assert error(inner, expected) < 4e-2
-    assert error(run.h, middle + inner @ _dequantized(layer.down).T) < 4e-3
+    assert error(run.h, middle + inner @ dequantized(layer.down).T) < 4e-3
 
 
 def test_several_layers_and_any_order_of_events(emulated: ctypes.CDLL) -> None:

@@ -15,6 +15,7 @@ from .. import checks, dispatch
 from ..backends.native import load_part
 from .attention import E4M3, attention, to_e4m3
 from .product import Weights, add_product
+from .stream import behind_product, plain_enter, plain_read, prepare_reader
 
 WIDTH, HEADS, HIDDEN = 768, 12, 3072
 COLUMNS, DEPTH = 128, 128  # of a stage of weights
@@ -51,26 +52,9 @@ def plain(h: Tensor, layers: Sequence[Layer], batch: int, num_heads: int, eps: f
 
 
 def norm_behind(h: Tensor, weights: Weights, offset: Tensor, stream: Tensor, eps: float) -> Tensor:
-    """The layer's product behind its norm, of x = h + offset in e4m3: r (W q - m W 1) + b, with q the rounded x.
-
-    m and r are mean and reciprocal deviation of the rows of x. Returns float32, or float64 for float64 h.
-    """
-    exact = torch.float64 if h.dtype == torch.float64 else torch.float32
-    x = h.to(exact) + offset
-    mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
-    q = to_e4m3(x, stream).to(exact) * stream
-    by_one, bias = behind_product(weights)
-    return (q @ _dequantized(weights).to(exact).T - mean * by_one) * (variance + eps).rsqrt() + bias
-
-
-def behind_product(weights: Weights) -> tuple[Tensor, Tensor]:
-    """W 1 and the bias, float32 (N,): what a product needs whose norm stands behind it."""
-    return _dequantized(weights).sum(1).float(), weights.bias.float()
-
-
-def _dequantized(weights: Weights) -> Tensor:
-    assert weights.weight_scale is not None
-    return weights.weight.double() * weights.weight_scale.double()
+    """The layer's product behind its norm, of x = h + offset in e4m3: float32, or float64 for float64 h. See stream.py."""
+    reader = prepare_reader(weights, offset.float(), eps, stream)
+    return plain_read(plain_enter(h, reader), reader)
 
 
 def _as_stream(weights: Weights, h: Tensor) -> Weights:

@@ -72,6 +72,12 @@ def plain(x: Tensor, weights: Weights, gelu: bool = False, bias: bool = True) ->
     return F.gelu(y) if gelu else y
 
 
+def dequantized(weights: Weights) -> Tensor:
+    """The weight (N, K) in float64."""
+    weight = weights.weight.double()
+    return weight if weights.weight_scale is None else weight * weights.weight_scale.double()
+
+
 def supports(x: Tensor, weights: Weights) -> bool:
     """Whether the kernels take this input: bfloat16 or e4m3 with rows of a multiple of 16 bytes; PyTorch takes the rest."""
     rows, columns = weights.weight.shape
@@ -121,7 +127,7 @@ def product(
 
     Raises: TypeError, ValueError for a wrong argument.
     """
-    _check(x, weights)
+    check_input(x, weights)
     check_scale(out_scale, "x", x)
     check_scale(out_inverse, "x", x)
     if supports(x, weights):
@@ -155,13 +161,8 @@ def add_product(x: Tensor, weights: Weights, h: Tensor, *, pdl: bool = False) ->
 
     Raises: TypeError, ValueError for a wrong argument.
     """
-    _check(x, weights)
-    checks.tensor("h", h, (weights.bias.dtype,))
-    checks.same_device("h", h, "x", x)
-    if tuple(h.shape) != (len(x), len(weights.weight)) or not h.is_contiguous():
-        raise ValueError(
-            f"h: expected a contiguous ({len(x)}, {len(weights.weight)}), got shape {tuple(h.shape)} with strides {h.stride()}"
-        )
+    check_input(x, weights)
+    check_sum(h, x, weights)
     if supports(x, weights) and h.data_ptr() % 16 == 0:
         if _by_cublas(x):
             return h.addmm_(x, weights.weight.T)
@@ -175,11 +176,20 @@ def add_product(x: Tensor, weights: Weights, h: Tensor, *, pdl: bool = False) ->
     return h.copy_(plain(x, weights, bias=False) + h)
 
 
-def _check(x: Tensor, weights: Weights) -> None:
+def check_input(x: Tensor, weights: Weights) -> None:
     low = weights.weight.dtype == E4M3
     checks.tensor("x", x, (E4M3,) if low else (torch.bfloat16, torch.float32, torch.float64))
     checks.same_device("x", x, "weights.weight", weights.weight)
     if x.dim() != 2 or x.shape[1] != weights.weight.shape[1] or not x.is_contiguous():
         raise ValueError(
             f"x: expected a contiguous (M, {weights.weight.shape[1]}), got shape {tuple(x.shape)} with strides {x.stride()}"
+        )
+
+
+def check_sum(h: Tensor, x: Tensor, weights: Weights) -> None:
+    checks.tensor("h", h, (weights.bias.dtype,))
+    checks.same_device("h", h, "x", x)
+    if tuple(h.shape) != (len(x), len(weights.weight)) or not h.is_contiguous():
+        raise ValueError(
+            f"h: expected a contiguous ({len(x)}, {len(weights.weight)}), got shape {tuple(h.shape)} with strides {h.stride()}"
         )

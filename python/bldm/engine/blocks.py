@@ -13,52 +13,53 @@ from ..denoiser import Block
 from ..parts import part
 from .products import Product
 from .report import Part
+from .stream import ResidualStream
 
 Scales = dict[str, Tensor]  # of the inputs that a block's products read as e4m3, by the product's name
 
 
+def of_norm(name: str, scales: Scales) -> dict[str, Tensor | None]:
+    """The scales of a product behind a norm: of the norm, and of the stream before it."""
+    return {"input_scale": scales.get(name), "stream_scale": scales.get(f"{name} stream")}
+
+
 class EngineBlock(nn.Module):
-    """A block on the residual stream of B samples of T tokens: (B T, W), changed in place."""
+    """A block on the residual stream of B samples of T tokens."""
 
     def __init__(self, block: Block, dtype: torch.dtype, scales: Scales):
         super().__init__()
         self.num_heads = block.num_heads
-
-        def of_norm(name: str) -> dict[str, Tensor | None]:
-            return {"input_scale": scales.get(name), "stream_scale": scales.get(f"{name} stream")}
-
         expand, contract = cast(nn.Linear, block.mlp[0]), cast(nn.Linear, block.mlp[2])
-        self.qkv = Product(block.qkv, dtype, norm=block.norm1, **of_norm("qkv"))
+        self.qkv = Product(block.qkv, dtype, norm=block.norm1, **of_norm("qkv", scales))
         self.proj = Product(block.proj, dtype, gamma=block.gamma1, input_scale=scales.get("proj"))
         self.cross = None if block.cross is None else EngineCross(block, dtype, scales)
-        self.expand = Product(expand, dtype, norm=block.norm2, **of_norm("expand"))
+        self.expand = Product(expand, dtype, norm=block.norm2, **of_norm("expand", scales))
         self.contract = Product(contract, dtype, gamma=block.gamma2, input_scale=scales.get("contract"))
 
-    def forward(self, h: Tensor, batch: int, mask: Tensor | None, kv: Tensor | None, kv_mask: Tensor | None, pdl: bool) -> None:
-        """Change h (B T, W) in place.
+    def forward(self, stream: ResidualStream, batch: int, mask: Tensor | None, kv: Tensor | None, kv_mask: Tensor | None) -> None:
+        """Change the stream (B T, W).
 
         Args:
             mask: bool (B, T), the tokens that are there; None: all.
             kv, kv_mask: keys and values (B, L, 2 W) of the cross attention, and bool (B, L), those that are there.
-            pdl: programmatic dependent launches.
         """
         with part("qkv"):
-            qkv = self.qkv.read(h, pdl=pdl)
+            qkv = stream.read(self.qkv)
         with part("attention"):
-            mixed = attention(qkv.view(batch, -1, qkv.shape[1]), self.num_heads, mask, self.proj.input_scale, pdl=pdl)
+            mixed = attention(qkv.view(batch, -1, qkv.shape[1]), self.num_heads, mask, self.proj.input_scale, pdl=stream.pdl)
         with part("proj"):
-            self.proj.add(mixed.flatten(0, 1), h, pdl=pdl)
+            stream.add(self.proj, mixed.flatten(0, 1))
         if self.cross is not None:
             assert kv is not None
             with part("cross attention"):
-                self.cross(h, kv, kv_mask, pdl)
+                self.cross(stream, kv, kv_mask)
         with part("mlp up"):
-            inner = self.expand.read(h, gelu=True, reader=self.contract, pdl=pdl)
+            inner = stream.read(self.expand, gelu=True, reader=self.contract)
         with part("mlp down"):
-            self.contract.add(inner, h, pdl=pdl)
+            stream.add(self.contract, inner)
 
     def stages(self) -> list[tuple[Product, Product]]:
-        """The products that read the stream, each with the one that then adds to it."""
+        """The products that read the stream, each with the one that then adds to it, in the order of `forward`."""
         cross = [] if self.cross is None else [(self.cross.query, self.cross.mix)]
         return [(self.qkv, self.proj), *cross, (self.expand, self.contract)]
 
@@ -95,7 +96,7 @@ class EngineCross(nn.Module):
         super().__init__()
         assert block.cross is not None
         self.num_heads = block.num_heads
-        self.query = Product(block.cross.query, dtype, norm=block.norm_cross, input_scale=scales.get("query"))
+        self.query = Product(block.cross.query, dtype, norm=block.norm_cross, **of_norm("query", scales))
         self.kv = Product(block.cross.kv, dtype)
         self.mix = Product(block.cross.proj, dtype, gamma=block.gamma_cross, input_scale=scales.get("mix"))
         self.register_buffer("null", block.cross.null.detach().to(dtype, copy=True))
@@ -107,7 +108,7 @@ class EngineCross(nn.Module):
             keys = torch.cat([keys, text.to(keys.dtype)], dim=1)
         return product(keys.flatten(0, 1).contiguous(), self.kv.weights).unflatten(0, keys.shape[:2])
 
-    def forward(self, h: Tensor, kv: Tensor, kv_mask: Tensor | None, pdl: bool) -> None:
-        q = self.query.read(h, pdl=pdl).unflatten(0, (len(kv), -1))
+    def forward(self, stream: ResidualStream, kv: Tensor, kv_mask: Tensor | None) -> None:
+        q = stream.read(self.query).unflatten(0, (len(kv), -1))
         mixed = cross_attention(q, kv, self.num_heads, kv_mask, self.mix.input_scale)
-        self.mix.add(mixed.flatten(0, 1), h, pdl=pdl)
+        stream.add(self.mix, mixed.flatten(0, 1))

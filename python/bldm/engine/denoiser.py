@@ -20,6 +20,7 @@ from .blocks import EngineBlock, Scales, set_offsets
 from .calibrate import calibrate
 from .report import Part, warn_of_fallbacks
 from .stack import BlockStack
+from .stream import StreamKernels
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the residual stream
 
@@ -81,6 +82,7 @@ class DenoiserEngine(nn.Module, Conditioned):
         blocks = zip(model.blocks, scales, strict=True)
         self.blocks = nn.ModuleList(EngineBlock(block, self.dtype, known) for block, known in blocks)  # type: ignore
         self.stack = BlockStack(self.blocks)  # type: ignore[arg-type]
+        self.kernels = StreamKernels([stage for block in self.blocks for stage in block.stages()])  # type: ignore
         self.register_buffer("token_weight", model.token_weight.to(self.dtype, copy=True))
         self.register_buffer("shift", set_offsets(self.blocks))  # type: ignore[arg-type]
         self.register_buffer("positions", model.positions.float() + model.token_bias.float() + self.shift)
@@ -89,8 +91,6 @@ class DenoiserEngine(nn.Module, Conditioned):
         self.head_eps = folded.eps
         for name in ("weight", "sums", "bias"):
             self.register_buffer(f"head_{name}", getattr(folded, name))
-        # in bf16 most launches are those of cuBLASLt, which has none that depend, and then they cost more than they gain
-        self.pdl = precision == "fp8" and self.positions.is_cuda
         self.register_buffer("one", torch.ones(1, dtype=torch.int64, device=self.positions.device))
         # a few rows a run, so in float32
         self.time = copy.deepcopy(model.time).float()
@@ -111,6 +111,7 @@ class DenoiserEngine(nn.Module, Conditioned):
         for name, value in mine.items():
             value.copy_(fresh[name])
         self.stack.refresh()
+        self.kernels.refresh()
 
     def report(self) -> tuple[Part, ...]:
         """What runs every part, so that a fallback to PyTorch is seen; parts of blocks that are alike are named once."""
@@ -118,7 +119,7 @@ class DenoiserEngine(nn.Module, Conditioned):
         h = torch.empty(1, self.num_positions + extra, self.width, dtype=self.dtype, device=self.positions.device)
         inside = [part for block in self.blocks for part in block.report(h.shape[1])]  # type: ignore
         parts = [Part.of("embed", (self.num_positions, self.num_bits), embed.supports(h, extra))]
-        parts += [*self.stack.report(h), *(Part(f"blocks/{name}", *rest) for name, *rest in inside)]
+        parts += [*self.stack.report(h), *self.kernels.report(h), *(Part(f"blocks/{name}", *rest) for name, *rest in inside)]
         parts.append(Part.of("head", h.shape[1:], head.supports(h, self.head)))
         return tuple(dict.fromkeys(parts))
 
@@ -139,6 +140,10 @@ class DenoiserEngine(nn.Module, Conditioned):
         bk.checks.tensor("times", times, (torch.int64,))
         with _plainly(times):
             return Run(self, self._time_tokens(times), self._conditions(label, rows), rows)
+
+    def _pdl(self, h: Tensor) -> bool:
+        """Whether launches depend: where most are cuBLASLt's, which has none that do, they cost more than they gain."""
+        return h.is_cuda and (self.precision == "fp8" or self.kernels.supports(h))
 
     def _time_tokens(self, times: Tensor) -> Tensor:
         """(S, W): the tokens of timesteps (S,)."""
@@ -166,21 +171,22 @@ class DenoiserEngine(nn.Module, Conditioned):
         extra = [time] if conditions.token is None else [time, conditions.token]
         h = torch.empty(rows, self.num_positions + len(extra), self.width, dtype=self.dtype, device=x_t.device)
         with part("embed"):
-            embed_tokens(x_t.flatten(1, -2), self.token_weight, self.positions, extra, h, pdl=self.pdl)
+            embed_tokens(x_t.flatten(1, -2), self.token_weight, self.positions, extra, h, pdl=self._pdl(h))
         if conditions.mask is None and self.stack.supports(h):
             with part("all blocks"):
                 self.stack(h)
             return h
+        stream = self.kernels.stream(h, self._pdl(h))
         for i, block in enumerate(self.blocks):
             kv = conditions.kv[i] if conditions.kv else None
             with part(f"block {i}"):
-                block(h.flatten(0, 1), rows, conditions.mask, kv, conditions.kv_mask, self.pdl)
+                block(stream, rows, conditions.mask, kv, conditions.kv_mask)
         return h
 
     def _logits(self, x_t: Tensor, time: Tensor, conditions: Conditions, rows: int) -> Tensor:
         h = self._transform(x_t, time, conditions, rows)
         with part("head"):
-            logits = head_logits(h, self.head, self.num_positions, pdl=self.pdl)
+            logits = head_logits(h, self.head, self.num_positions, pdl=self._pdl(h))
         return logits.view(rows, *x_t.shape[1:-1], self.num_bits)
 
 
@@ -204,9 +210,8 @@ class Run:
         with _plainly(x_t):
             h = engine._transform(x_t, self.times[i : i + 1], self.conditions, self.rows)
             with part("head and flip"):
-                return head_step(h, engine.head, x_t.flatten(1, -2), coefficients, step=i, pdl=engine.pdl, **options).view(
-                    x_t.shape
-                )
+                arguments = (h, engine.head, x_t.flatten(1, -2), coefficients)
+                return head_step(*arguments, step=i, pdl=engine._pdl(h), **options).view(x_t.shape)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from .report import Part
 class Product(nn.Module):
     """`gamma * linear(norm(h))`, prepared: arguments as of `bldm_kernels.inference.product.prepare`.
 
-    Behind a norm, `offset` float32 (N,) is what the residual stream still lacks where this product reads it, see `set_offsets`;
-    `stream_scale` is for a kernel that reads the stream itself as e4m3 (`bldm_kernels.inference.layer_stack`).
+    Behind a norm, `offset` float32 (K,) is what the residual stream still lacks where this product reads it, see `set_offsets`;
+    `stream_scale` is for kernels that read the stream itself as e4m3 (`bldm_kernels.inference.stream`, `layer_stack`).
     """
 
     weight: Tensor

@@ -1,0 +1,287 @@
+"""The products of a transformer's layers with the residual stream, which leave no LayerNorm a pass of its own.
+
+    LayerNorm(x) W^T + b = r (x W^T - m W 1) + b        m, r: mean and reciprocal deviation of the rows of x = h + offset
+
+So `read` takes the stream as it is, and has its norm behind the product. What it needs of the rows, their moments and for
+products in e4m3 the rows in e4m3, is left by whoever wrote them: `add`, or `enter` for the first reader.
+
+The kernels (csrc/cuda/product.cu) are for compute capability 9.0.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks, dispatch
+from ..backends.native import load_part
+from . import norm, product
+from .attention import E4M3, check_scale, to_e4m3
+from .product import Weights, dequantized
+
+# From so many rows on they are faster than a norm and its product, in bfloat16 and in e4m3 (fewer are often layer_stack's).
+MANY_ROWS, MANY_LOW_ROWS = 1024, 561
+COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are in an order of their own within so many
+
+
+class Stream(NamedTuple):
+    """The residual stream, and what its next reader needs of x = h + offset.
+
+    h (M, W): bfloat16 for the kernels. moments (M, parts, 2): sum and sum of squares over parts of the columns, float32 (float64
+    for float64 h); None: nobody reads it next. low (M, W): for a reader in e4m3, x / its input_scale.
+    """
+
+    h: Tensor
+    moments: Tensor | None = None
+    low: Tensor | None = None
+
+
+class Reader(NamedTuple):
+    """A layer that reads the stream behind its norm, made by `prepare_reader`.
+
+    weight (N, K): rows as `reorder` has them; by_one, bias, by_offset (N,) in float32: W 1, b, and W offset where the rows that
+    are read lack the offset; offset (K,): float32; input_scale, weight_scale: for e4m3, of the stream and of the weights.
+    """
+
+    weight: Tensor
+    by_one: Tensor
+    bias: Tensor
+    by_offset: Tensor | None
+    offset: Tensor
+    input_scale: Tensor | None
+    weight_scale: Tensor | None
+    eps: float
+
+    @property
+    def low(self) -> bool:
+        return self.weight.dtype == E4M3
+
+
+def prepare_reader(weights: Weights, offset: Tensor, eps: float, stream_scale: Tensor | None = None) -> Reader:
+    """A layer for `read`. Its weight is another copy: as `weights` has it, kernels for fewer rows want it.
+
+    Args:
+        weights: of `product.prepare` with the norm, N a multiple of 32; their input_scale is of what a norm has passed over,
+            and not used here.
+        offset: float32 (K,), what the stream lacks where it is read, see `normalize`.
+        eps: of the norm.
+        stream_scale: one-element float32 tensor, for weights in e4m3: what the stream with its offset is divided by.
+
+    Raises: TypeError, ValueError for a wrong argument.
+    """
+    checks.tensor("offset", offset, (torch.float32,))
+    checks.shape("offset", offset, weights.weight.shape[1:], "one a column")
+    if (stream_scale is None) == (weights.weight.dtype == E4M3):
+        raise ValueError(f"stream_scale: expected one for weights in e4m3 only, got {stream_scale} for {weights.weight.dtype}")
+    by_offset = None if stream_scale is not None else (dequantized(weights) @ offset.double()).float()
+    scales = (stream_scale, weights.weight_scale)
+    return Reader(reorder(weights.weight), *behind_product(weights), by_offset, offset, *scales, eps)
+
+
+def prepare_adder(weights: Weights) -> Weights:
+    """A layer for `add`: its weight in another copy, as `reorder` has it."""
+    return weights._replace(weight=reorder(weights.weight))
+
+
+def behind_product(weights: Weights) -> tuple[Tensor, Tensor]:
+    """W 1 and the bias, float32 (N,): what a product needs whose norm stands behind it."""
+    return dequantized(weights).sum(1).float(), weights.bias.float()
+
+
+def reorder(weight: Tensor) -> Tensor:
+    """(N, K) with row 8 j + 2 t + c of every 32 the one that was 8 t + 2 j + c, and back: a thread that holds two columns of each
+    of four products of the tensor cores then has eight neighbours, which it writes at once.
+
+    Raises: ValueError if N is no multiple of 32.
+    """
+    rows, columns = weight.shape
+    if rows % COLUMNS:
+        raise ValueError(f"weight: expected rows in multiples of {COLUMNS}, got shape {tuple(weight.shape)}")
+    return weight.view(rows // COLUMNS, 4, 4, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether the kernels take a layer of this weight (N, K)."""
+    aligned = len(weight) % COLUMNS == 0 and weight.shape[1] * weight.element_size() % 16 == 0
+    return aligned and weight.dtype in (torch.bfloat16, E4M3)
+
+
+def takes(h: Tensor) -> bool:
+    """Whether the kernels take this stream (M, W)."""
+    if not h.is_cuda or dispatch.forced_backend() not in (None, "cuda") or not hasattr(load_part("cuda")[0], "read_stream"):
+        return False
+    whole = h.shape[1] % COLUMNS == 0 and h.shape[1] <= norm.WIDEST and h.is_contiguous() and h.data_ptr() % 16 == 0
+    return h.dtype == torch.bfloat16 and whole and len(h) > 0 and torch.cuda.get_device_capability(h.device) == (9, 0)
+
+
+def supports(h: Tensor, low: bool) -> bool:
+    """Whether the kernels take this stream (M, W), for products in bfloat16 or (low) e4m3, and are the faster way."""
+    return len(h) >= (MANY_LOW_ROWS if low else MANY_ROWS) and takes(h)
+
+
+def plain_enter(h: Tensor, reader: Reader) -> Stream:
+    """The specification of `enter`, in float64 for float64 h, else float32."""
+    x = h.to(_exact(h)) + reader.offset
+    low = None if reader.input_scale is None else to_e4m3(x, reader.input_scale)
+    return Stream(h, torch.stack([x.sum(1), x.square().sum(1)], 1).unsqueeze(1), low)
+
+
+def plain_read(stream: Stream, reader: Reader, gelu: bool = False) -> Tensor:
+    """The specification of `read`, in float64 for float64 h, else float32."""
+    exact = _exact(stream.h)
+    weight = reorder(reader.weight).to(exact)
+    if reader.input_scale is None or reader.weight_scale is None:
+        y = F.linear(stream.h.to(exact), weight)
+    else:
+        assert stream.low is not None
+        y = F.linear(stream.low.to(exact), weight) * (reader.input_scale * reader.weight_scale).to(exact)
+    assert stream.moments is not None
+    mean, squares = (stream.moments.to(exact).sum(1) / stream.h.shape[1]).split(1, dim=1)
+    r = ((squares - mean**2).clamp(min=0) + reader.eps).rsqrt()
+    y = y if reader.by_offset is None else y + reader.by_offset
+    y = r * (y - mean * reader.by_one) + reader.bias
+    return F.gelu(y) if gelu else y
+
+
+def plain_add(x: Tensor, weights: Weights, h: Tensor) -> Tensor:
+    """The specification of what `add` writes to h, in float64 for float64 x, else float32."""
+    return product.plain(x, prepare_adder(weights), bias=False) + h  # back in their own order
+
+
+def _exact(h: Tensor) -> torch.dtype:
+    return torch.float64 if h.dtype == torch.float64 else torch.float32
+
+
+def enter(h: Tensor, reader: Reader, *, pdl: bool = False) -> Stream:
+    """What the first reader needs, of a stream that no `add` has written.
+
+    Args:
+        h: contiguous (M, W), bfloat16 for the kernel.
+        reader: who reads it next.
+        pdl: as in `attention`.
+
+    Raises: TypeError, ValueError for a wrong argument.
+    """
+    checks.floating("h", h)
+    if h.dim() != 2 or not h.is_contiguous():
+        raise ValueError(f"h: expected a contiguous (M, W), got shape {tuple(h.shape)} with strides {h.stride()}")
+    _check_reader(reader, "h", h)
+    if not norm.supports(h):
+        return plain_enter(h, reader)
+    from .triton import stream as kernels
+
+    low = torch.empty_like(h, dtype=E4M3) if reader.low else None
+    stream = Stream(h, h.new_empty(len(h), 1, 2, dtype=torch.float32), low)
+    kernels.enter(stream, reader, pdl)
+    return stream
+
+
+def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tensor | None = None, pdl: bool = False) -> Tensor:
+    """A layer behind its norm, of the stream as `enter` or `add` have left it for this reader: (M, K) -> (M, N).
+
+    Args:
+        stream: of (M, K).
+        reader: see `prepare_reader`.
+        gelu: apply GELU, in the kernel as in `product`.
+        out_scale: one-element float32 tensor: write e4m3, the result divided by it; behind GELU in e4m3, where it must be there.
+        pdl: as in `attention`.
+
+    Returns: (M, N) in e4m3 with out_scale, else in the dtype of h.
+
+    Raises: TypeError, ValueError for a wrong argument.
+    """
+    h, moments, low = stream
+    checks.floating("stream.h", h)
+    if h.dim() != 2 or not h.is_contiguous():
+        raise ValueError(f"stream.h: expected a contiguous (M, K), got shape {tuple(h.shape)} with strides {h.stride()}")
+    _check_reader(reader, "stream.h", h)
+    moments = checks.tensor("stream.moments", moments, (_exact(h),))
+    checks.same_device("stream.moments", moments, "stream.h", h)
+    if moments.dim() != 3 or len(moments) != len(h) or moments.shape[2] != 2 or not moments.is_contiguous():
+        raise ValueError(f"stream.moments: expected a contiguous ({len(h)}, parts, 2), got shape {tuple(moments.shape)}")
+    if reader.low:
+        _check_low(low, h)
+    check_scale(out_scale, "stream.h", h)
+    if (out_scale is not None) != (gelu and reader.low):
+        raise ValueError(f"out_scale: expected one behind GELU of a reader in e4m3, and only there, got {out_scale}")
+    if not (takes(h) and fits(reader.weight)):
+        y = plain_read(stream, reader, gelu)
+        return y.to(h.dtype) if out_scale is None else to_e4m3(y, out_scale)
+    out = h.new_empty(len(h), len(reader.weight), dtype=h.dtype if out_scale is None else E4M3)
+    _native().read_stream(
+        *_addresses(low if reader.low else h, reader.weight),
+        reader.low,
+        *(len(h), len(reader.weight), h.shape[1]),
+        *_addresses(reader.input_scale, reader.weight_scale, reader.by_one, reader.bias, reader.by_offset, moments),
+        *(moments.shape[1], reader.eps, gelu),
+        *_addresses(out_scale, out),
+        *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
+    )
+    return out
+
+
+def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = None, *, pdl: bool = False) -> Stream:
+    """h += x W^T in place, without the bias as `add_product`, and what the next reader needs of it.
+
+    Args:
+        x: contiguous (M, K), in the dtype of the weights.
+        weights: see `prepare_adder`.
+        stream: its h (M, N) is changed, and its `low`, if it has one, is written anew.
+        reader: who reads it next; None: nobody that needs more than h.
+        pdl: as in `attention`.
+
+    Returns: the stream as that reader needs it.
+
+    Raises: TypeError, ValueError for a wrong argument.
+    """
+    h = stream.h
+    product.check_input(x, weights)
+    product.check_sum(h, x, weights)
+    if reader is not None:
+        _check_reader(reader, "h", h)
+        if reader.low != (x.dtype == E4M3):
+            raise ValueError(f"reader: expected weights in e4m3 if x is, and only then, got {reader.weight.dtype} for {x.dtype}")
+        if stream.low is not None:
+            _check_low(stream.low, h)
+    if not (takes(h) and fits(weights.weight) and x.data_ptr() % 16 == 0):
+        h.copy_(plain_add(x, weights, h))
+        return Stream(h) if reader is None else plain_enter(h, reader)
+    low = weights.weight.dtype == E4M3
+    sizes = (len(h), *weights.weight.shape)
+    left = Stream(h)
+    if reader is not None:
+        parts = _native().moments_parts(*sizes, low, h.get_device())
+        copy = None if not reader.low else torch.empty_like(h, dtype=E4M3) if stream.low is None else stream.low
+        left = Stream(h, h.new_empty(len(h), parts, 2, dtype=torch.float32), copy)
+    _native().add_to_stream(
+        *_addresses(x, weights.weight),
+        low,
+        *sizes,
+        *_addresses(weights.input_scale, weights.weight_scale, h),
+        *((0, 0) if reader is None else _addresses(reader.offset, reader.input_scale)),
+        *_addresses(left.moments, left.low),
+        *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
+    )
+    return left
+
+
+def _native() -> Any:
+    return load_part("cuda")[0]
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _check_low(low: Tensor | None, h: Tensor) -> None:
+    low = checks.tensor("stream.low", low, (E4M3,))
+    checks.same_device("stream.low", low, "stream.h", h)
+    if low.shape != h.shape or not low.is_contiguous():
+        raise ValueError(f"stream.low: expected a contiguous {tuple(h.shape)}, got shape {tuple(low.shape)}")
+
+
+def _check_reader(reader: Reader, name: str, h: Tensor) -> None:
+    if h.shape[1] != reader.weight.shape[1]:
+        raise ValueError(f"reader: expected one of {name} {tuple(h.shape)}, got a weight {tuple(reader.weight.shape)}")
+    checks.same_device("reader", reader.weight, name, h)

@@ -1,0 +1,117 @@
+"""The interface of the stream's kernels, as the extension has it, by the plain functions: for CPU memory."""
+
+import ctypes
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bldm_kernels.inference import stream
+from bldm_kernels.inference.attention import E4M3, to_e4m3
+from bldm_kernels.inference.product import Weights
+from bldm_kernels.inference.stream import Reader, Stream, plain_add, plain_enter, plain_read
+
+PARTS = 3  # of the moments
+
+
+def at(address: int, dtype: torch.dtype, *shape: int) -> Tensor | None:
+    """The tensor that is there."""
+    if address == 0:
+        return None
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def there(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    found = at(address, dtype, *shape)
+    assert found is not None
+    return found
+
+
+def read_stream(
+    stream_ptr: int,
+    weight_ptr: int,
+    low: bool,
+    rows: int,
+    columns: int,
+    depth: int,
+    stream_scale_ptr: int,
+    weight_scale_ptr: int,
+    by_one_ptr: int,
+    bias_ptr: int,
+    by_offset_ptr: int,
+    moments_ptr: int,
+    parts: int,
+    eps: float,
+    gelu: bool,
+    out_scale_ptr: int,
+    out_ptr: int,
+    early: bool,
+    device: int,
+    cuda_stream: int,
+) -> None:
+    dtype, vector = E4M3 if low else torch.bfloat16, (torch.float32, columns)
+    scales = (at(address, torch.float32, 1) for address in (stream_scale_ptr, weight_scale_ptr))
+    behind = (there(by_one_ptr, *vector), there(bias_ptr, *vector), at(by_offset_ptr, *vector))
+    reader = Reader(there(weight_ptr, dtype, columns, depth), *behind, torch.zeros(depth), *scales, eps)
+    x, moments = there(stream_ptr, dtype, rows, depth), there(moments_ptr, torch.float32, rows, parts, 2)
+    assert low == (by_offset_ptr == 0) == (stream_scale_ptr != 0) and (out_scale_ptr != 0) == (gelu and low)
+    y = plain_read(Stream(x.bfloat16(), moments, x if low else None), reader, gelu)
+    out_scale = at(out_scale_ptr, torch.float32, 1)
+    out = y.bfloat16() if out_scale is None else to_e4m3(y, out_scale)
+    there(out_ptr, out.dtype, rows, columns).copy_(out)
+
+
+def add_to_stream(
+    x_ptr: int,
+    weight_ptr: int,
+    low: bool,
+    rows: int,
+    columns: int,
+    depth: int,
+    input_scale_ptr: int,
+    weight_scale_ptr: int,
+    h_ptr: int,
+    offset_ptr: int,
+    stream_scale_ptr: int,
+    moments_ptr: int,
+    stream_ptr: int,
+    early: bool,
+    device: int,
+    cuda_stream: int,
+) -> None:
+    dtype, h = E4M3 if low else torch.bfloat16, there(h_ptr, torch.bfloat16, rows, columns)
+    scales = (at(address, torch.float32, 1) for address in (input_scale_ptr, weight_scale_ptr))
+    weights = Weights(there(weight_ptr, dtype, columns, depth), torch.zeros(columns).bfloat16(), *scales)
+    h.copy_(plain_add(there(x_ptr, dtype, rows, depth), weights, h))
+    offset, stream_scale = at(offset_ptr, torch.float32, columns), at(stream_scale_ptr, torch.float32, 1)
+    assert (offset is None) == (moments_ptr == 0) and (stream_scale is None) == (stream_ptr == 0)
+    if offset is not None:
+        nothing = torch.zeros(0)
+        left = plain_enter(h, Reader(nothing, nothing, nothing, None, offset, stream_scale, None, 0.0))
+        assert left.moments is not None
+        moments = there(moments_ptr, torch.float32, rows, PARTS, 2)
+        moments.zero_()[:, :1] = left.moments
+        if left.low is not None:
+            there(stream_ptr, E4M3, rows, columns).copy_(left.low)
+
+
+def moments_parts(rows: int, columns: int, depth: int, low: bool, device: int) -> int:
+    return PARTS
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let these be the kernels; returns the list of the calls that come."""
+    calls = list[str]()
+
+    class Native:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            return globals()[name]
+
+    monkeypatch.setattr(stream, "takes", lambda h: True)
+    monkeypatch.setattr(stream, "_native", Native)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return calls
