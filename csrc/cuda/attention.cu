@@ -8,7 +8,7 @@ namespace bldm::cuda {
 namespace {
 
 // Of a tensor (samples, tokens, columns) in bfloat16.
-TensorMap map_of(const void* tensor, int64_t samples, int64_t tokens, int64_t heads) {
+TensorMap map_of_heads(const void* tensor, int64_t samples, int64_t tokens, int64_t heads) {
     return map_of(tensor, false, samples, tokens, heads * attend::kHeadWidth, attend::kBoxTokens);
 }
 
@@ -28,7 +28,7 @@ void attention(const void* qkv, int64_t samples, int64_t tokens, int64_t heads, 
     const DeviceGuard guard(device);
     const int blocks = processors(device), all = int(samples * heads);
     const int split = 2 * all <= blocks;  // so few that there is a multiprocessor for every half
-    const Arguments a{map_of(qkv, samples, tokens, 3 * heads), out, out_scale, log_sums, int(tokens), int(heads), split, all << split};
+    const Arguments a{map_of_heads(qkv, samples, tokens, 3 * heads), out, out_scale, log_sums, int(tokens), int(heads), split, all << split};
     const auto chosen = tokens <= kTiled + 8 ? kernel<8> : kernel<16>;
     check(cudaFuncSetAttribute(chosen, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute");
     cudaLaunchAttribute attribute{};
@@ -48,7 +48,7 @@ void attention_gradient(const void* qkv, const void* grad, const void* out, cons
     for (const void* tensor : {qkv, grad, out, static_cast<const void*>(result), static_cast<const void*>(sums)})
         if (!aligned(tensor, 16)) throw std::invalid_argument("attention_gradient: expected memory at multiples of 16 bytes");
     const DeviceGuard guard(device);
-    const gradient::Arguments a{map_of(qkv, samples, tokens, 3 * heads), map_of(grad, samples, tokens, heads),
+    const gradient::Arguments a{map_of_heads(qkv, samples, tokens, 3 * heads), map_of_heads(grad, samples, tokens, heads),
                                 static_cast<const uint8_t*>(out), log_sums, static_cast<uint8_t*>(result),
                                 sums, int(tokens), int(heads), int(samples * heads)};
     const auto chosen = tokens > kTiled ? gradient::kernel<true> : gradient::kernel<false>;
