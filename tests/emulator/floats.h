@@ -16,7 +16,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __nv_bfloat162 { uint16_t x, y; };
-struct __half2 { uint16_t x, y; };
+struct alignas(4) [[gnu::may_alias]] __half2 { uint16_t x, y; };
 
 template <class To, class From>
 To same_bits(From from) {
@@ -38,6 +38,16 @@ inline float from_half(uint16_t x) { return float(same_bits<_Float16>(x)); }
 inline uint16_t to_half(float x) { return same_bits<uint16_t>(_Float16(x)); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {to_bfloat16(x), to_bfloat16(y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y)}; }
+inline __half2 __float2half2_rn(float x) { return __floats2half2_rn(x, x); }
+inline __half2 __hmul2(__half2 x, __half2 y) {
+    return __floats2half2_rn(from_half(x.x) * from_half(y.x), from_half(x.y) * from_half(y.y));
+}
+inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
+    const auto of = [](uint16_t x, uint16_t y, uint16_t z) {
+        return same_bits<uint16_t>(_Float16(double(from_half(x)) * from_half(y) + from_half(z)));
+    };
+    return {of(x.x, y.x, z.x), of(x.y, y.y, z.y)};
+}
 
 // 4 bits of exponent, 3 of mantissa, no infinity: 0x7F is NaN, 0x7E 448.
 struct E4m3Values {
@@ -56,6 +66,7 @@ inline uint8_t to_e4m3(float x) {  // saturated
     if (std::isnan(x)) return 0x7F;
     const uint8_t sign = std::signbit(x) ? 0x80 : 0;
     const float size = std::fabs(x);
+    if (size == 0) return sign;
     if (size >= 448) return sign | 0x7E;
     int exponent;
     std::frexp(size, &exponent);

@@ -2,12 +2,14 @@
 //
 // A thread is a fiber. Whoever waits for a barrier, a counter or the rest of a warp gives way to the next one, and is passed over
 // while what it waits for has not come; when nobody can go on, that is a deadlock and is reported. Bulk copies end some random
-// turns after they were started, so that a kernel which does not wait for one is found out.
+// turns after they were started, so that a kernel which does not wait for one is found out. What a thread itself starts and waits
+// for, products and small copies, happens when it is waited for, or with other seeds as soon as it is started.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <random>
 #include <stdexcept>
@@ -40,6 +42,21 @@ struct Block : Meeting {
     uint8_t* shared;  // aligned
     std::unordered_map<uint64_t, Barrier> barriers;  // by their offset in shared memory
     std::vector<Warp> warps;
+    int running;  // threads
+};
+
+// What a thread has started, in groups, and not waited for.
+struct Groups {
+    std::vector<std::function<void()>> open;
+    std::deque<std::vector<std::function<void()>>> closed;
+
+    void start(std::function<void()> what);
+    void close() { closed.push_back(std::move(open)), open.clear(); }
+    bool runs(size_t left) const { return closed.size() > left && !closed.front().empty(); }
+    void wait(size_t left) {
+        for (; closed.size() > left; closed.pop_front())
+            for (auto& what : closed.front()) what();
+    }
 };
 
 struct Fiber {
@@ -50,12 +67,13 @@ struct Fiber {
     const uint32_t* watched = nullptr;  // it waits while this number is `value`, or (at_least) below it
     uint32_t value = 0;
     bool at_least = false;
-    std::vector<std::function<void()>> products;  // that it has started and not waited for
+    Groups products, copies;
     bool waits() const { return watched && (at_least ? *watched < value : *watched == value); }
 };
 
 struct Machine {
     int threads, cluster;  // of a block; blocks
+    bool early;            // groups are not late
     std::vector<Block> blocks;
     std::vector<Meeting> clusters;
     std::vector<Fiber> fibers;
@@ -74,6 +92,13 @@ struct Machine {
 };
 
 inline Machine machine;
+
+inline void Groups::start(std::function<void()> what) {
+    if (machine.early)
+        what();
+    else
+        open.push_back(std::move(what));
+}
 
 extern "C" void emulator_switch(void** from, void* to);
 
@@ -111,7 +136,8 @@ inline void meet_warp() { meet(warp(), 32); }
 
 inline Barrier& barrier(int block, uint64_t offset) {
     auto& known = machine.blocks[block].barriers;
-    if (!known.count(offset)) fail("a barrier that nobody has initialised");
+    expect(known.count(offset), "a barrier that nobody has initialised");
+    expect(machine.blocks[block].running, "a barrier of a block that has ended");
     return known[offset];
 }
 
@@ -127,20 +153,27 @@ inline void arrive(int block, uint64_t offset) {
     end_phase_if_complete(b);
 }
 
+// Of a copy to a block.
+inline void end_copy(int block, Barrier& b, uint32_t bytes) {
+    if (!machine.blocks[block].running && machine.error.empty()) machine.error = "a copy to a block that has ended";
+    b.bytes -= bytes;
+    end_phase_if_complete(b);
+}
+
 // Copies between memories of any block; `bytes` arrive at the barrier of the block that they are for.
 inline void copy(uint8_t* to, const void* from, uint32_t bytes, int block, uint64_t barrier_offset) {
     expect(bytes % 16 == 0 && uint64_t(from) % 16 == 0 && uint64_t(to) % 16 == 0, "a bulk copy at no multiple of 16 bytes");
     Barrier* b = &barrier(block, barrier_offset);
     machine.copies.push_back([=] {
         std::memcpy(to, from, bytes);
-        b->bytes -= bytes;
-        end_phase_if_complete(*b);
+        end_copy(block, *b, bytes);
     });
 }
 
 inline void begin_thread() {
     machine.kernel();
     machine.current->done = true;
+    --machine.block().running;
     ++machine.progress;
     for (;;) give_way();
 }
@@ -149,12 +182,12 @@ inline void begin_thread() {
 inline void launch(int blocks, int threads, int cluster, size_t shared_bytes, unsigned seed, std::function<void()> kernel) {
     constexpr size_t kStack = 48 << 10;
     machine = Machine{};
-    machine.threads = threads, machine.cluster = cluster, machine.kernel = std::move(kernel);
+    machine.threads = threads, machine.cluster = cluster, machine.early = seed / 2 % 2, machine.kernel = std::move(kernel);
     machine.blocks.resize(blocks), machine.clusters.resize(blocks / cluster), machine.fibers.resize(blocks * threads);
     for (Block& block : machine.blocks) {
-        block.memory.assign(shared_bytes + 1024, 0x7F);  // NaN, in e4m3 and bfloat16
+        block.memory.assign(shared_bytes + 1024, 0xFF);  // NaN, in all formats
         block.shared = block.memory.data() + (1024 - uint64_t(block.memory.data()) % 1024) % 1024;
-        block.warps.resize(threads / 32);
+        block.warps.resize(threads / 32), block.running = threads;
     }
     for (int i = 0; i < blocks * threads; ++i) {
         Fiber& fiber = machine.fibers[i];

@@ -89,6 +89,16 @@ inline void copy_bulk_to(uint16_t blocks, void* to, const void* from, uint32_t b
         if (blocks >> rank & 1) copy_to_block(rank, to, from, bytes, barrier);
 }
 
+inline void copy_async(uint4* to, const void* from, int bytes) {
+    emulator::expect(uint64_t(to) % 16 == 0 && uint64_t(from) % 16 == 0, "a copy of 16 bytes at no multiple of them");
+    machine.current->copies.start([=] { std::memset(to, 0, 16), std::memcpy(to, from, bytes); });
+}
+inline void commit_async() { machine.current->copies.close(); }
+template <int kLeft>
+void wait_async() {
+    machine.current->copies.wait(kLeft);
+}
+
 inline uint32_t cluster_rank() { return machine.rank(); }
 template <int kThreads>
 void sync_threads() { emulator::meet(machine.block(), kThreads); }
@@ -129,9 +139,13 @@ inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 // swizzled by bits 7 to 9.
 inline uint32_t operand(const void* p) { return (shared_address(p) & 0x3FFFF) >> 4; }
 inline void begin_products() {}
-inline void commit_products() {}
+inline void commit_products() { machine.current->products.close(); }
 template <int kLeft>
-void wait_products() {}
+void wait_products() {  // some turns, in which others may spoil what is multiplied, and for the whole warp
+    for (int turn = 0; turn < 4 && machine.current->products.runs(kLeft); ++turn) emulator::give_way();
+    machine.current->products.wait(kLeft);
+    emulator::meet_warp();
+}
 inline void multiply_64x56(float (&d)[28], uint32_t a, uint32_t b) {
     const int lane = machine.lane(), g = lane / 4, t = lane % 4, warp = machine.current->thread / 32 % 4;
     uint8_t* const shared = at(kFirstAddress);
