@@ -38,6 +38,7 @@ inline float from_half(uint16_t x) { return float(same_bits<_Float16>(x)); }
 inline uint16_t to_half(float x) { return same_bits<uint16_t>(_Float16(x)); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {to_bfloat16(x), to_bfloat16(y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y)}; }
+inline float2 __half22float2(__half2 x) { return {from_half(x.x), from_half(x.y)}; }
 
 // 4 bits of exponent, 3 of mantissa, no infinity: 0x7F is NaN, 0x7E 448.
 struct E4m3Values {
