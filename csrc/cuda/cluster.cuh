@@ -23,7 +23,7 @@ __device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t arrival
 // Behind all that one thread has initialised, before the rest of the cluster uses it.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // of all memory it would wait for what other blocks write
 }
 
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
