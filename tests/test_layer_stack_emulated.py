@@ -31,7 +31,7 @@ class Run:
         self.h = h.clone()
         scratch = [torch.full((tiles * ROWS, width), 0x7F, dtype=torch.uint8) for width in widths]  # NaN
         self.stream, self.qkv, self.mixed, self.inner = scratch
-        self.moments = torch.full((rows, WIDTH // 128, 2), float("nan"))
+        self.moments = torch.full((rows, WIDTH // 64, 2), float("nan"))
         self.counters = torch.zeros(8 * (1 + tiles + stack.num_layers * (2 + 3 * tiles)), dtype=torch.int32)
         memory = (self.h, *scratch, self.moments, stack.weights, stack.vectors, self.counters)
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in memory]

@@ -152,7 +152,7 @@ class LayerStack:
             device, padded = self.weights.device, -(-rows // ROWS) * ROWS
             widths = (WIDTH, 2 * 3 * WIDTH, WIDTH, HIDDEN)  # qkv is bfloat16
             made = [torch.empty(padded, width, dtype=torch.uint8, device=device) for width in widths]
-            moments = torch.empty(rows, WIDTH // COLUMNS, 2, device=device)
+            moments = torch.empty(rows, 2 * WIDTH // COLUMNS, 2, device=device)
             count = load_part("cuda")[0].layer_stack_counters(rows, self.num_layers)  # type: ignore[union-attr]
             self._scratch[rows, stream] = (*made, moments, torch.zeros(count, dtype=torch.int32, device=device))
         return self._scratch[rows, stream]

@@ -23,7 +23,7 @@ __device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t arrival
 // Behind all that one thread has initialised, before the rest of the cluster uses it.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // of all memory it would wait for what other blocks write
 }
 
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
@@ -125,9 +125,8 @@ __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Order ordinary accesses to memory that this thread knows of, and bulk copies and warpgroup products that it starts: in all
-// memory, at the cost of waiting for every write of the block; for what others wrote to global memory; in this block's own.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Order ordinary accesses to memory that this thread knows of, and bulk copies and warpgroup products that it starts: to global
+// memory; to this block's shared memory. (To all memory at once, it would wait for every write of the block.)
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -144,6 +143,12 @@ __device__ __forceinline__ void wait_for_count(const uint32_t* counter, uint32_t
         if (value >= count) return;
         check_patience(started);
     }
+}
+
+// An address that is computed before what follows, a wait, and not where it is used, behind it.
+template <class T>
+__device__ __forceinline__ void compute_here(T*& address) {
+    asm volatile("" : "+l"(address));
 }
 
 // A value that is the same in all lanes, and known to be.
@@ -213,6 +218,11 @@ __device__ __forceinline__ uint4 load_chunk(uint32_t address) {
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                  : "r"(address)
                  : "memory");
+    return x;
+}
+__device__ __forceinline__ uint2 load_pair(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
     return x;
 }
 __device__ __forceinline__ void store_word(uint32_t address, uint32_t x) {

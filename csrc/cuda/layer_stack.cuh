@@ -10,42 +10,46 @@ using bf16 = __nv_bfloat16;
 constexpr int kWidth = 768, kHidden = 4 * kWidth, kHeads = 12, kHeadWidth = 64;
 constexpr int kCluster = 4, kWorkers = 256, kBlockThreads = kWorkers + 64;
 constexpr int kRows = 56, kColumns = 128, kDepth = 128;  // of a piece; of k in a stage, e4m3 a byte each
-constexpr int kStageBytes = kColumns * kDepth;           // weights
+constexpr int kStageBytes = kColumns * kDepth, kHalfStage = kStageBytes / 2;  // weights
 constexpr int kRing = 8;                                 // stages
 constexpr int kRowBytes = kRows * kDepth;                // rows of as many k, as the tensor cores read them
 constexpr int kBlocks = kWidth / kDepth;                 // of k: the stages of a piece
-constexpr int kHalf = kBlocks / 2, kHalfBytes = kHalf * kRowBytes;  // which a piece waits for at once; of rows
+constexpr int kHalf = kBlocks / 2;                       // those of a warpgroup, where each has half of k
+constexpr int kKept = kRing - kBlocks;                   // stages that are given back when the next piece begins
 constexpr int kQueries = 32, kKeyBlocks = 20;            // a block's; of 16 keys
 constexpr int kSumStride = kColumns + 4;                 // floats a row of sums
 constexpr int kOutStride = 2 * kColumns + 16;            // bytes a row of what is written, in halves
 constexpr int kShare = kRows / kCluster;                 // rows
-constexpr int kShareBytes = kShare * kSumStride * 4;     // of sums, which another block adds up
-constexpr int kTiles = kWidth / kColumns;                // of columns of the stream: the parts of a row's moments
+constexpr int kShareBytes = kShare * kOutStride;         // of sums, which another block adds up
+constexpr int kTiles = kWidth / kColumns;                // of columns of the stream
+constexpr int kParts = 2 * kTiles;                       // of a row's moments, of 64 columns each
 constexpr int kCounterStride = 8;                        // 32 bytes each
 // The slab: a product's rows, the sums of other blocks, which may come while this one still multiplies, and its own sums or
 // what it writes; or queries, keys and values, and then the attention's sums.
 constexpr int kReceived = kBlocks * kRowBytes, kOwn = kReceived + (kCluster - 1) * kShareBytes;
-constexpr int kSlabBytes = kOwn + kRows * kSumStride * 4;
-static_assert(kRows * kOutStride <= kRows * kSumStride * 4 && (kQueries + 2 * 16 * kKeyBlocks) * 128 <= kSlabBytes);
+constexpr int kSlabBytes = (kQueries + 2 * 16 * kKeyBlocks) * 128;
+static_assert(kRows * kOutStride <= kRows * kSumStride * 4 && kOwn + kRows * kSumStride * 4 <= kSlabBytes);
 
 enum Phase { kQkv, kAttention, kProj, kUp, kDown, kPhases };
 
 struct Product {
     int tiles;       // of columns
     bool split;      // the blocks of a cluster have a quarter of k each
+    bool narrow;     // tiles of 64 columns, of which a warpgroup has half of k: for a product that gives few blocks work
     int first_byte;  // of the layer's weights
 
     __device__ int groups() const { return split ? tiles : (tiles + kCluster - 1) / kCluster; }  // of tiles, a cluster each
+    __device__ int stages() const { return narrow ? kHalf : kBlocks; }  // of a piece
     __device__ int blocks() const { return split ? kBlocks * kCluster : kBlocks; }  // of k
 };
 
 constexpr int kSquare = kWidth * kWidth;
 constexpr int64_t kLayerBytes = 12 * kSquare;
-__constant__ Product kProducts[kPhases] = {{3 * kWidth / kColumns, false, 0},
+__constant__ Product kProducts[kPhases] = {{3 * kTiles, false, false, 0},
                                            {},
-                                           {kWidth / kColumns, false, 3 * kSquare},
-                                           {kHidden / kColumns, false, 4 * kSquare},
-                                           {kWidth / kColumns, true, 8 * kSquare}};
+                                           {2 * kTiles, false, true, 3 * kSquare},
+                                           {kHidden / kColumns, false, false, 4 * kSquare},
+                                           {kTiles, true, false, 8 * kSquare}};
 
 // float32 values of a layer: the offsets of qkv and of the MLP's first product; of each, W 1 and the bias; and scalars.
 constexpr int kUpOffset = kWidth, kQkvVectors = 2 * kWidth, kUpVectors = kQkvVectors + 2 * 3 * kWidth,
@@ -56,7 +60,7 @@ enum Scalar { kToStream, kToStreamOfUp, kOfQkv, kOfProj, kOfUp, kOfDown, kToMixe
 struct Arguments {
     bf16* h;
     uint8_t *stream, *qkv, *mixed, *inner;
-    float2* moments;  // of every row's tiles of columns: sum, sum of squares
+    float2* moments;  // of every row's parts: sum, sum of squares
     const uint8_t* weights;
     const float* vectors;
     uint32_t* counters;
@@ -119,17 +123,17 @@ struct Shared {
     __device__ uint8_t* slab() const { return ring + kRing * kStageBytes; }
     // of rows: r times the product's scale, -m r
     __device__ float2* scales() const { return reinterpret_cast<float2*>(slab() + kSlabBytes); }
-    // A stage of weights is there, or may be written; rows of half of the stages are there, their scales are; the sums of the
+    // A stage of weights is there, or may be written; rows of a block of k are, their scales are; the sums of the
     // other blocks of the cluster are; all its blocks need their slabs no more.
     __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(scales() + kRows) + slot; }
     __device__ uint64_t* empty(int slot) const { return full(kRing) + slot; }
-    __device__ uint64_t* rows(int half) const { return empty(kRing) + half; }
-    __device__ uint64_t* scaled() const { return rows(2); }
-    __device__ uint64_t* ready() const { return rows(3); }
-    __device__ uint64_t* free() const { return rows(4); }
+    __device__ uint64_t* rows(int block) const { return empty(kRing) + block; }
+    __device__ uint64_t* scaled() const { return rows(kBlocks); }
+    __device__ uint64_t* ready() const { return scaled() + 1; }
+    __device__ uint64_t* free() const { return scaled() + 2; }
 };
 
-constexpr int kBarriers = 2 * kRing + 5;
+constexpr int kBarriers = 2 * kRing + kBlocks + 3;
 constexpr int kSharedBytes = 1024 + kRing * kStageBytes + kSlabBytes + kRows * 8 + kBarriers * 8;
 
 // Where the 16-byte chunk of a row is, in a tile of rows.
@@ -158,5 +162,11 @@ __device__ __forceinline__ uint32_t pair(float low, float high) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&both);
 }
+
+__device__ __forceinline__ uint32_t halves(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ __forceinline__ float2 of_halves(uint32_t both) { return __half22float2(*reinterpret_cast<const __half2*>(&both)); }
 
 }  // namespace bldm::cuda::stack

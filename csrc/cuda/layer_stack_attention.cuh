@@ -14,27 +14,34 @@ __device__ inline void attend(Worker& w, int layer, const Queries& mine) {
     constexpr int kStride = kHeadWidth + 4, kMost = kKeyBlocks / 4;
     constexpr float kNoScore = -1e30f;
     const int blocks = (a.tokens + 15) / 16;
-    uint8_t* end_of_values = s.slab() + (kQueries + blocks * 16) * 128 + a.tokens * 128;
     const uint32_t queries = shared_address(s.slab()), keys = queries + kQueries * 128, values = keys + blocks * 16 * 128;
     const int first_row = mine.head / kHeads * a.tokens;
     const int part = warp % 2, split = warp / 2, g = lane / 4, t = lane % 4;
     const float to_mixed = load_early(a.scalars(layer) + kToMixed);
-    w.wait_for_rows(0);
-    mark(a, layer, kAttention, 1);
-    if (tid < (blocks * 16 - a.tokens) * 8) reinterpret_cast<uint4*>(end_of_values)[tid] = make_uint4(0, 0, 0, 0);
-    uint32_t q[4][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrices(q[k], queries + chunk_of_token(part * 16 + lane % 16, 2 * k + lane / 16, first_row));
+    // no keys and values behind the last ones: zeros, where no copy writes
+    if (const int none = (blocks * 16 - a.tokens) * 8; tid < 2 * none) {
+        const int chunk = tid < none ? tid : tid - none + blocks * 16 * 8;
+        reinterpret_cast<uint4*>(s.slab() + (kQueries + a.tokens) * 128)[chunk] = make_uint4(0, 0, 0, 0);
+    }
     float score[kMost][2][4];
-    float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, out[8][4] = {};
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-        const int block = split + 4 * i;
+    for (int i = 0; i < kMost; ++i)
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) score[i][n][j] = 0;
-        // also of a block that is none, whose scores are hidden: without a branch all blocks are worked on at once
+            for (int j = 0; j < 4; ++j)
+                score[i][n][j] = (split + 4 * i) * 16 + n * 8 + 2 * t + j % 2 < a.tokens ? 0 : -INFINITY;
+    sync_workers();
+    w.wait_for_rows(0);
+    mark(a, layer, kAttention, 1);
+    uint32_t q[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) load_matrices(q[k], queries + chunk_of_token(part * 16 + lane % 16, 2 * k + lane / 16, first_row));
+    float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, out[8][4] = {};
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+        // a block that is none has another's keys, hidden by scores of -inf: without a branch all blocks are worked on at once
+        const int block = min(split + 4 * i, blocks - 1);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             uint32_t key[4];
@@ -45,20 +52,16 @@ __device__ inline void attend(Worker& w, int layer, const Queries& mine) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const bool there = block * 16 + n * 8 + 2 * t + j % 2 < a.tokens;
-                score[i][n][j] = there ? score[i][n][j] * kScale : -INFINITY;
-                most[j / 2] = fmaxf(most[j / 2], score[i][n][j]);  // rows g and g + 8
-            }
+            for (int j = 0; j < 4; ++j) most[j / 2] = fmaxf(most[j / 2], score[i][n][j]);  // rows g and g + 8
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
         most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
-        if (most[r] == -INFINITY) most[r] = kNoScore;  // of a warp without keys: its weights are 0
+        most[r] = fmaxf(most[r] * kScale, kNoScore);  // of a warp without keys: its weights are 0
     }
     w.wait_for_rows(1);
-    sync_workers();  // the zeros behind the values are there
+    w.end_rows(2);
     mark(a, layer, kAttention, 2);
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
@@ -66,7 +69,7 @@ __device__ inline void attend(Worker& w, int layer, const Queries& mine) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) total[j / 2] += score[i][n][j] = exp2_fast(score[i][n][j] - most[j / 2]);
+            for (int j = 0; j < 4; ++j) total[j / 2] += score[i][n][j] = exp2_fast(score[i][n][j] * kScale - most[j / 2]);
         const uint32_t weights[4] = {pair(score[i][0][0], score[i][0][1]), pair(score[i][0][2], score[i][0][3]),
                                      pair(score[i][1][0], score[i][1][1]), pair(score[i][1][2], score[i][1][3])};
 #pragma unroll

@@ -15,30 +15,33 @@ struct Worker {
 
     __device__ Worker(const Arguments& a, const Shared& s) : a(a), s(s) {}
 
-    __device__ void wait_for_rows(int half) {
-        wait_for(s.rows(half), row_phases >> half & 1);
-        row_phases ^= 1u << half;
-    }
+    __device__ void wait_for_rows(int block) { wait_for(s.rows(block), row_phases >> block & 1); }
+    // Behind a phase's waits; rows of so many blocks have come.
+    __device__ void end_rows(int blocks) { row_phases ^= (1u << blocks) - 1; }
 
-    // Those of the next half of the stages, looked at together: one look takes as long as a product.
+    // Those of the next piece, looked at together: one look takes as long as a product.
+    template <int kStages>
     __device__ void wait_for_weights() {
         bool there = true;
 #pragma unroll
-        for (int i = 0; i < kHalf; ++i) there &= has_ended(s.full((stage + i) % kRing), (stage + i) / kRing & 1);
+        for (int i = 0; i < kStages; ++i) there &= has_ended(s.full((stage + i) % kRing), (stage + i) / kRing & 1);
         if (there) return;
-        for (int i = 0; i < kHalf; ++i) wait_for(s.full((stage + i) % kRing), (stage + i) / kRing & 1);
+        for (int i = 0; i < kStages; ++i) wait_for(s.full((stage + i) % kRing), (stage + i) / kRing & 1);
     }
 
-    // Of half of the stages from `first` on.
-    __device__ void release_weights(uint32_t first) {
-        if (lane < kHalf) arrive(s.empty((first + lane) % kRing));
+    // So many stages from `first` on.
+    __device__ void release_weights(uint32_t first, int count) {
+        if (lane < count) arrive(s.empty((first + lane) % kRing));
     }
 
     // Behind a piece: what it wrote is there for whoever sees the counter, and the slab may be written.
     __device__ void end(uint32_t* made) {
         sync_workers();
         if (made && tid == 0) signal(made);
-        if (warp == 1 && lane < kCluster) arrive_at(s.free(), lane);
+        if (warp == 1 && lane < kCluster) {
+            fence_async_shared();  // the slabs' next rows are written by copies
+            arrive_at(s.free(), lane);
+        }
     }
 };
 

@@ -60,8 +60,8 @@ template <Kind kKind, class S>
 __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
     const int i = threadIdx.x - (S::kBlockThreads - kPreparers);
     const float* const vectors[kVectors] = {kKind == kAdd ? a.offset : a.by_one, a.bias, a.by_offset};
-    const float scale = kKind != kAdd && a.weight_scale ? *a.input_scale * *a.weight_scale : 1;
     wait_for_inputs();
+    const float scale = kKind != kAdd && a.weight_scale ? *a.input_scale * *a.weight_scale : 1;
     Turn<S> turn;
     for (int unit = cluster; unit < a.units; unit += clusters, turn.advance()) {
         const Tile tile(a, unit, rank, S::kCluster);

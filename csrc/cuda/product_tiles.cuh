@@ -25,7 +25,7 @@ struct Arguments {
     float eps;
     void* out;  // in bfloat16, or behind GELU in e4m3, divided by out_scale
     const float* out_scale;
-    // Add: to h; null, if nobody reads it: what h lacks where it is read next, and moments (rows, column_tiles) of the sum with it;
+    // Add: to h; null, if nobody reads it: what h lacks where it is read next, and moments (rows, parts) of the sum with it;
     // for products in e4m3 what it is divided by, and the copy.
     __nv_bfloat16* h;
     const float *offset, *stream_scale;
@@ -137,7 +137,8 @@ __device__ __forceinline__ float gelu(float x) {
 
 // Times a factor, two halves at once: for what then becomes e4m3.
 __device__ __forceinline__ __half2 gelu(float x, float y, __half2 half_factor) {
-    const __half2 both = __floats2half2_rn(x, y), half = __hmul2(both, half_factor);
+    // below -8 it is 0, where the largest halves would give infinity times 0
+    const __half2 both = __hmax2(__floats2half2_rn(x, y), __float2half2_rn(-8)), half = __hmul2(both, half_factor);
     const __half2 slope = __hfma2(__hmul2(both, both), __float2half2_rn(0.0356774081f), __float2half2_rn(0.7978845608f));
     return __hfma2(half, tanh_fast(__hmul2(both, slope)), half);
 }
@@ -196,7 +197,7 @@ struct Part {
 
     template <Kind kKind, bool kLow>
     __device__ __forceinline__ void write(const Sums& sums) const {
-        const __half2 half_inverse = __float2half2_rn(kKind == kReadGelu && kLow ? 0.5f / *a.out_scale : 0);
+        const __half2 half_inverse = __float2half2_rn(kKind == kReadGelu && kLow ? fminf(0.5f / *a.out_scale, 6e4f) : 0);
 #pragma unroll
         for (int block = 0; block < S::kBlocks; ++block) {
             const float2 scale[2] = {s.scales(set)[row_in_tile + 64 * block], s.scales(set)[row_in_tile + 64 * block + 8]};

@@ -103,7 +103,6 @@ inline uint32_t cluster_rank() { return machine.rank(); }
 template <int kThreads>
 void sync_threads() { emulator::meet(machine.block(), kThreads); }
 inline void sync_cluster() { emulator::meet(machine.clusters[machine.current->block / machine.cluster], machine.threads * machine.cluster); }
-inline void fence_async_proxy() {}
 inline void fence_async_global() {}
 inline void fence_async_shared() {}
 inline void signal(uint32_t* counter) { ++*counter, ++machine.progress; }
@@ -120,6 +119,7 @@ inline uint4 load_chunk(uint32_t address) {
     emulator::expect(address % 16 == 0, "a load of 16 bytes at no multiple of them");
     return *reinterpret_cast<const uint4*>(at(address));
 }
+inline uint2 load_pair(uint32_t address) { return *reinterpret_cast<const uint2*>(at(address)); }
 inline void store_word(uint32_t address, uint32_t x) { *reinterpret_cast<uint32_t*>(at(address)) = x; }
 inline void store_half(uint32_t address, uint16_t x) { *reinterpret_cast<uint16_t*>(at(address)) = x; }
 inline float4 load_four(uint32_t address) {
@@ -133,6 +133,8 @@ inline uint32_t e4m3_of_halves(uint32_t first, uint32_t second) {
     return e4m3_of(from_half(uint16_t(first)), from_half(first >> 16), from_half(uint16_t(second)), from_half(second >> 16));
 }
 
+template <class T>
+void compute_here(T*&) {}
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
 // Products of a warpgroup: every thread finds its own results, in operands of 128-byte rows whose address bits 4 to 6 are
