@@ -223,3 +223,16 @@ def test_any_order_of_events(emulated: ctypes.CDLL, shape: int, low: bool) -> No
             results.append(found if isinstance(found, list) else [found])
         for other in results[1:]:
             assert all(map(torch.equal, (x.float() for x in results[0]), (x.float() for x in other)))
+
+
+def test_gelu_far_below_0_and_above_what_e4m3_holds(emulated: ctypes.CDLL) -> None:
+    weights, weight_scale, _ = make_operand(64, 64, True)
+    rows, input_scale, _ = make_operand(10, 64, True)
+    bias = torch.tensor([-1500.0, 1500.0, -3e4, 3e4]).repeat(16)
+    moments, by_one = torch.tensor([[0.0, 64.0]]).repeat(10, 1, 1), torch.zeros(64)
+    for out_scale in (1e-2, 1e-7):
+        out = Output(10, 64, E4M3)
+        of_stream = {"moments": moments, "parts": 1, "input_scale": input_scale, "weight_scale": weight_scale}
+        of_columns = {"by_one": by_one, "bias": bias, "out_scale": torch.tensor([out_scale]), "out": out.all}
+        launch(emulated, Schedule(0, True, 1), rows, weights, kind=READ_GELU, **of_stream, **of_columns)
+        assert torch.equal(out.check().float(), torch.tensor([0.0, 448.0]).repeat(10, 32))

@@ -197,7 +197,7 @@ struct Part {
 
     template <Kind kKind, bool kLow>
     __device__ __forceinline__ void write(const Sums& sums) const {
-        const __half2 half_inverse = __float2half2_rn(kKind == kReadGelu && kLow ? fminf(0.5f / *a.out_scale, 6e4f) : 0);
+        const __half2 half_inverse = __float2half2_rn(kKind == kReadGelu && kLow ? fminf(0.5f / *a.out_scale, 8e3f) : 0);
 #pragma unroll
         for (int block = 0; block < S::kBlocks; ++block) {
             const float2 scale[2] = {s.scales(set)[row_in_tile + 64 * block], s.scales(set)[row_in_tile + 64 * block + 8]};
