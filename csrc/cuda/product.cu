@@ -100,6 +100,8 @@ void launch(Arguments a, const void* rows, const void* weights, const Sizes& siz
             cudaStream_t stream) {
     if (sizes.rows < 1 || sizes.rows > 1 << 26 || sizes.columns < 32 || sizes.columns % 32 || sizes.depth < 1 || sizes.bytes() % 16)
         throw std::invalid_argument("product: expected 1 to 2^26 rows, columns in multiples of 32, and k of multiples of 16 bytes");
+    if (a.next_bytes < 0 || a.next_bytes % 16 || !aligned(a.next, 16))
+        throw std::invalid_argument("product: expected next in multiples of 16 bytes");
     for (const void* tensor : {rows, weights, kKind == kAdd ? static_cast<const void*>(a.h) : a.out})
         if (!aligned(tensor, 16)) throw std::invalid_argument("product: expected memory at multiples of 16 bytes");
     const int rows_box = tiling.share_weights ? tiling.rows : tiling.rows / tiling.cluster;
@@ -131,24 +133,26 @@ int64_t moments_parts(int64_t rows, int64_t columns, int64_t depth, bool low, in
 void read_stream(const void* stream, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                  const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias,
                  const float* by_offset, const float* moments, int64_t parts, float eps, bool gelu, const float* out_scale,
-                 void* out, bool early, int device, cudaStream_t cuda_stream) {
+                 void* out, const void* next, int64_t next_bytes, bool early, int device, cudaStream_t cuda_stream) {
     const DeviceGuard guard(device);
     const Sizes sizes{rows, columns, depth, low};
     Arguments a{};
     a.input_scale = stream_scale, a.weight_scale = weight_scale, a.by_one = by_one, a.bias = bias, a.by_offset = by_offset;
     a.moments = reinterpret_cast<const float2*>(moments), a.parts = int(parts), a.eps = eps, a.out = out, a.out_scale = out_scale;
+    a.next = static_cast<const uint8_t*>(next), a.next_bytes = next_bytes;
     const auto chosen = gelu ? launch<kReadGelu> : launch<kRead>;
     chosen(a, stream, weights, sizes, sizes.tiling(device), early, device, cuda_stream);
 }
 
 void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                    const float* input_scale, const float* weight_scale, void* h, const float* offset, const float* stream_scale,
-                   float* moments, uint8_t* stream, bool early, int device, cudaStream_t cuda_stream) {
+                   float* moments, uint8_t* stream, const void* next, int64_t next_bytes, bool early, int device, cudaStream_t cuda_stream) {
     const DeviceGuard guard(device);
     const Sizes sizes{rows, columns, depth, low};
     Arguments a{};
     a.input_scale = input_scale, a.weight_scale = weight_scale, a.h = static_cast<__nv_bfloat16*>(h);
     a.offset = offset, a.stream_scale = stream_scale, a.new_moments = reinterpret_cast<float2*>(moments), a.stream = stream;
+    a.next = static_cast<const uint8_t*>(next), a.next_bytes = next_bytes;
     launch<kAdd>(a, x, weights, sizes, sizes.tiling(device), early, device, cuda_stream);
 }
 

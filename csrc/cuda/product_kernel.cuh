@@ -61,6 +61,10 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
     const int i = threadIdx.x - (S::kBlockThreads - kPreparers);
     const float* const vectors[kVectors] = {kKind == kAdd ? a.offset : a.by_one, a.bias, a.by_offset};
     wait_for_inputs();
+    if (i == 0 && a.next) {
+        const int64_t share = (a.next_bytes / gridDim.x + 127) / 128 * 128, first = blockIdx.x * share;
+        if (first < a.next_bytes) prefetch_bulk(a.next + first, uint32_t(share < a.next_bytes - first ? share : a.next_bytes - first));
+    }
     const float scale = kKind != kAdd && a.weight_scale ? *a.input_scale * *a.weight_scale : 1;
     Turn<S> turn;
     for (int unit = cluster; unit < a.units; unit += clusters, turn.advance()) {

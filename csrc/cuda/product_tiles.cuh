@@ -33,6 +33,8 @@ struct Arguments {
     uint8_t* stream;
 
     int units;  // clusters' tiles
+    const uint8_t* next;  // what the kernel behind this one begins with, to be near by then; or null
+    int64_t next_bytes;
 };
 
 // The tile of a block; some of a cluster's may lie behind the last row or column.

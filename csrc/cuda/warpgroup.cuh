@@ -34,6 +34,11 @@ __device__ __forceinline__ void copy_box_to(uint16_t blocks, void* to, const Ten
         : "memory");
 }
 
+// Bytes on their way into the cache that all blocks share, in multiples of 16.
+__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // Where `there` says so, without a branch: those would keep instructions on both sides of them apart.
 __device__ __forceinline__ void store_if(bool there, void* to, uint4 x) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n\t}" ::"r"(
