@@ -177,15 +177,7 @@ def enter(h: Tensor, reader: Reader, *, pdl: bool = False) -> Stream:
     return stream
 
 
-def read(
-    stream: Stream,
-    reader: Reader,
-    *,
-    gelu: bool = False,
-    out_scale: Tensor | None = None,
-    next_weight: Tensor | None = None,
-    pdl: bool = False,
-) -> Tensor:
+def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tensor | None = None, pdl: bool = False) -> Tensor:
     """A layer behind its norm, of the stream as `enter` or `add` have left it for this reader: (M, K) -> (M, N).
 
     Args:
@@ -193,7 +185,6 @@ def read(
         reader: see `prepare_reader`.
         gelu: apply GELU, in the kernel as in `product`.
         out_scale: one-element float32 tensor: write e4m3, the result divided by it; behind GELU in e4m3, where it must be there.
-        next_weight: of the product behind this one, contiguous: it is brought into the GPU's cache meanwhile. Changes no result.
         pdl: as in `attention`.
 
     Returns: (M, N) in e4m3 with out_scale, else in the dtype of h.
@@ -225,21 +216,12 @@ def read(
         *_addresses(reader.input_scale, reader.weight_scale, reader.by_one, reader.bias, reader.by_offset, moments),
         *(moments.shape[1], reader.eps, gelu),
         *_addresses(out_scale, out),
-        *_memory(next_weight),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
     )
     return out
 
 
-def add(
-    x: Tensor,
-    weights: Weights,
-    stream: Stream,
-    reader: Reader | None = None,
-    *,
-    next_weight: Tensor | None = None,
-    pdl: bool = False,
-) -> Stream:
+def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = None, *, pdl: bool = False) -> Stream:
     """h += x W^T in place, without the bias as `add_product`, and what the next reader needs of it.
 
     Args:
@@ -247,7 +229,6 @@ def add(
         weights: see `prepare_adder`.
         stream: its h (M, N) is changed, and its `low`, if it has one, is written anew.
         reader: who reads it next; None: nobody that needs more than h.
-        next_weight: as in `read`.
         pdl: as in `attention`.
 
     Returns: the stream as that reader needs it.
@@ -280,7 +261,6 @@ def add(
         *_addresses(weights.input_scale, weights.weight_scale, h),
         *((0, 0) if reader is None else _addresses(reader.offset, reader.input_scale)),
         *_addresses(left.moments, left.low),
-        *_memory(next_weight),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
     )
     return left
@@ -292,11 +272,6 @@ def _native() -> Any:
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
-def _memory(tensor: Tensor | None) -> tuple[int, int]:
-    """Where it is, and as many whole 16 bytes of it."""
-    return (0, 0) if tensor is None or tensor.data_ptr() % 16 else (tensor.data_ptr(), tensor.nbytes // 16 * 16)
 
 
 def _check_low(low: Tensor | None, h: Tensor) -> None:

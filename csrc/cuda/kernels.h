@@ -101,8 +101,7 @@ void layer_stack(void* h, uint8_t* stream, uint8_t* qkv, uint8_t* mixed, uint8_t
                  int64_t layers, float eps, int64_t* times, int device, cudaStream_t cuda_stream);
 
 // The products of layers with the residual stream x = h + offset, h bfloat16 (rows, width), weights (columns, depth) with rows as
-// inference/stream.py orders them; both operands bfloat16, or (low) e4m3. Columns are a multiple of 32. next: memory
-// that comes near meanwhile, such as the weights of the product behind this one; or null. early: as in `attention`.
+// inference/stream.py orders them; both operands bfloat16, or (low) e4m3. Columns are a multiple of 32. early: as in `attention`.
 // Only for compute capability 9.0.
 //
 // out = LayerNorm(x) W^T + bias, or GELU of it, from the stream as it is: h, or (low) x / stream_scale. moments: of x, float32 (rows,
@@ -111,13 +110,12 @@ void layer_stack(void* h, uint8_t* stream, uint8_t* qkv, uint8_t* mixed, uint8_t
 void read_stream(const void* stream, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                  const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias,
                  const float* by_offset, const float* moments, int64_t parts, float eps, bool gelu, const float* out_scale,
-                 void* out, const void* next, int64_t next_bytes, bool early, int device, cudaStream_t cuda_stream);
+                 void* out, bool early, int device, cudaStream_t cuda_stream);
 // h += x W^T, and what the next one reads, unless offset is null: moments (rows, moments_parts, 2) of the new h +
 // offset, and (low) that divided by stream_scale, in e4m3.
 void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                    const float* input_scale, const float* weight_scale, void* h, const float* offset, const float* stream_scale,
-                   float* moments, uint8_t* stream, const void* next, int64_t next_bytes, bool early, int device,
-                   cudaStream_t cuda_stream);
+                   float* moments, uint8_t* stream, bool early, int device, cudaStream_t cuda_stream);
 // In how many parts those moments come.
 int64_t moments_parts(int64_t rows, int64_t columns, int64_t depth, bool low, int device);
 

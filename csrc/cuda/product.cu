@@ -9,62 +9,52 @@ namespace {
 using namespace products;
 
 struct Tiling {
-    int shape, rows, columns, cluster, parts;  // which of the shapes; of a tile; its blocks; of a tile's moments
-    int sets, stage, written;  // of warpgroups; cycles of a stage's products, and of a tile's writing
+    int shape, rows, columns, parts;  // which of the shapes; of a tile; of a tile's moments
+    int stage, read, added;           // cycles of a stage's products, and of writing a tile, or adding it to the stream
     bool share_weights;
 
     int64_t units(int64_t num_rows, int64_t num_columns) const {
         const int64_t row_tiles = ceil_div<int64_t>(num_rows, rows), column_tiles = ceil_div<int64_t>(num_columns, columns);
-        return share_weights ? ceil_div<int64_t>(row_tiles, cluster) * column_tiles
-                             : row_tiles * ceil_div<int64_t>(column_tiles, cluster);
+        return share_weights ? ceil_div<int64_t>(row_tiles, kCluster) * column_tiles
+                             : row_tiles * ceil_div<int64_t>(column_tiles, kCluster);
     }
-    int clusters(int processors) const { return processors / cluster; }
 
     // Cycles of the slowest block: its stages take as long as their products or as what is fetched for them, at about 32 bytes a
-    // cycle. Writing comes on top, or, where two sets take turns, holds products up only if it takes longer than they do.
-    int64_t cost(int64_t num_rows, int64_t num_columns, int64_t steps, int processors) const {
-        const int64_t fetched = kStageDepth * (share_weights ? rows + columns / cluster : rows / cluster + columns);
-        const int64_t rounds = ceil_div<int64_t>(units(num_rows, num_columns), clusters(processors));
+    // cycle.
+    int64_t cost(Kind kind, int64_t num_rows, int64_t num_columns, int64_t steps, int clusters) const {
+        const int64_t fetched = kStageDepth * (share_weights ? rows + columns / kCluster : rows / kCluster + columns);
         const int64_t products = steps * std::max<int64_t>(stage, fetched / 32);
-        return sets == 1 ? rounds * (products + written) : rounds * std::max(products, (products + written) / 2) + written;
+        return ceil_div<int64_t>(units(num_rows, num_columns), clusters) * (products + (kind == kAdd ? added : read));
     }
 };
 
-// A stage's products take as long as the tensor cores or as shared memory, at 128 bytes a cycle: what is written there, and what
-// products read. Writing takes the longer the fewer warps do it, and the fewer registers the sums leave them.
+// A stage's products take as long as the tensor cores or as shared memory, at 128 bytes a cycle: what is copied there, and what
+// products read. The rest is measured.
 template <class S>
 Tiling tiling_of(int shape, bool share_weights) {
-    const int multiplied = S::kRows / 64 * S::kColumns * 2;
-    const int read = S::kOfSet * S::kBlocks * (64 + S::kWidth) * kStageDepth, copied = Shared<S>::kStageBytes;
-    return {shape,
-            S::kRows,
-            S::kColumns,
-            S::kCluster,
-            S::kColumnGroups,
-            S::kSets,
-            std::max(multiplied, (read + copied) / 128),
-            S::kRows * S::kColumns / (S::kSets > 1 ? 3 : S::kBlocks > 1 ? 5 : 8),
-            share_weights};
+    const int multiplied = S::kRows / 64 * S::kColumns * 2, results = S::kRows * S::kColumns;
+    const int read = S::kGroups * S::kBlocks * (64 + S::kWidth) * kStageDepth, copied = Shared<S>::kStageBytes;
+    const int stage = std::max(multiplied, (read + copied) / 128);
+    return {shape, S::kRows, S::kColumns, S::kColumnGroups, stage, results * 4 / 25, results * 2 / 5, share_weights};
 }
 
-constexpr int kShapes = 4;
+constexpr int kShapes = 3;
 
 Tiling tiling_of(int shape, bool share_weights) {
     switch (shape) {
         case 0: return tiling_of<Large>(shape, share_weights);
         case 1: return tiling_of<Middle>(shape, share_weights);
-        case 2: return tiling_of<Turns>(shape, share_weights);
         default: return tiling_of<Narrow>(shape, share_weights);
     }
 }
 
-Tiling best_tiling(int64_t rows, int64_t columns, int64_t steps, int processors) {
+Tiling best_tiling(Kind kind, int64_t rows, int64_t columns, int64_t steps, int clusters) {
     Tiling best{};
     int64_t least = INT64_MAX;
     for (int shape = 0; shape < kShapes; ++shape)
         for (const bool share_weights : {true, false}) {
             const Tiling tiling = tiling_of(shape, share_weights);
-            const int64_t cycles = tiling.cost(rows, columns, steps, processors);
+            const int64_t cycles = tiling.cost(kind, rows, columns, steps, clusters);
             if (cycles < least) least = cycles, best = tiling;
         }
     return best;
@@ -78,7 +68,7 @@ void launch(Arguments& a, int clusters, bool early, cudaStream_t stream) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(S::kCluster * std::min(a.units, clusters)), config.blockDim = dim3(S::kBlockThreads);
+    config.gridDim = dim3(kCluster * std::min(a.units, clusters)), config.blockDim = dim3(S::kBlockThreads);
     config.dynamicSmemBytes = Shared<S>::kBytes, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = early;
     check(cudaLaunchKernelEx(&config, chosen, a), "product");
@@ -89,8 +79,8 @@ struct Sizes {
     bool low;
 
     int64_t bytes() const { return depth * (low ? 1 : 2); }  // of k
-    Tiling tiling(int device) const {
-        return best_tiling(rows, columns, ceil_div<int64_t>(bytes(), kStageDepth), processors(device));
+    Tiling tiling(Kind kind, int device) const {
+        return best_tiling(kind, rows, columns, ceil_div<int64_t>(bytes(), kStageDepth), processors(device) / kCluster);
     }
 };
 
@@ -100,24 +90,21 @@ void launch(Arguments a, const void* rows, const void* weights, const Sizes& siz
             cudaStream_t stream) {
     if (sizes.rows < 1 || sizes.rows > 1 << 26 || sizes.columns < 32 || sizes.columns % 32 || sizes.depth < 1 || sizes.bytes() % 16)
         throw std::invalid_argument("product: expected 1 to 2^26 rows, columns in multiples of 32, and k of multiples of 16 bytes");
-    if (a.next_bytes < 0 || a.next_bytes % 16 || !aligned(a.next, 16))
-        throw std::invalid_argument("product: expected next in multiples of 16 bytes");
     for (const void* tensor : {rows, weights, kKind == kAdd ? static_cast<const void*>(a.h) : a.out})
         if (!aligned(tensor, 16)) throw std::invalid_argument("product: expected memory at multiples of 16 bytes");
-    const int rows_box = tiling.share_weights ? tiling.rows : tiling.rows / tiling.cluster;
-    const int weights_box = tiling.share_weights ? tiling.columns / tiling.cluster : tiling.columns;
+    const int rows_box = tiling.share_weights ? tiling.rows : tiling.rows / kCluster;
+    const int weights_box = tiling.share_weights ? tiling.columns / kCluster : tiling.columns;
     a.rows = map_of(rows, sizes.low, 1, sizes.rows, sizes.depth, rows_box);
     a.weights = map_of(weights, sizes.low, 1, sizes.columns, sizes.depth, weights_box);
     a.num_rows = int(sizes.rows), a.num_columns = int(sizes.columns), a.depth = int(sizes.depth);
     a.steps = int(ceil_div<int64_t>(sizes.bytes(), kStageDepth));
     a.column_tiles = int(ceil_div<int64_t>(sizes.columns, tiling.columns));
     a.share_weights = tiling.share_weights, a.units = int(tiling.units(sizes.rows, sizes.columns));
-    const int clusters = tiling.clusters(processors(device));
+    const int clusters = processors(device) / kCluster;
     with_flag(sizes.low, [&](auto is_low) {
         switch (tiling.shape) {
             case 0: return launch<kKind, is_low, Large>(a, clusters, early, stream);
             case 1: return launch<kKind, is_low, Middle>(a, clusters, early, stream);
-            case 2: return launch<kKind, is_low, Turns>(a, clusters, early, stream);
             default: return launch<kKind, is_low, Narrow>(a, clusters, early, stream);
         }
     });
@@ -126,34 +113,32 @@ void launch(Arguments a, const void* rows, const void* weights, const Sizes& siz
 }  // namespace
 
 int64_t moments_parts(int64_t rows, int64_t columns, int64_t depth, bool low, int device) {
-    const Tiling tiling = Sizes{rows, columns, depth, low}.tiling(device);
+    const Tiling tiling = Sizes{rows, columns, depth, low}.tiling(kAdd, device);
     return ceil_div<int64_t>(columns, tiling.columns) * tiling.parts;
 }
 
 void read_stream(const void* stream, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                  const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias,
                  const float* by_offset, const float* moments, int64_t parts, float eps, bool gelu, const float* out_scale,
-                 void* out, const void* next, int64_t next_bytes, bool early, int device, cudaStream_t cuda_stream) {
+                 void* out, bool early, int device, cudaStream_t cuda_stream) {
     const DeviceGuard guard(device);
     const Sizes sizes{rows, columns, depth, low};
     Arguments a{};
     a.input_scale = stream_scale, a.weight_scale = weight_scale, a.by_one = by_one, a.bias = bias, a.by_offset = by_offset;
     a.moments = reinterpret_cast<const float2*>(moments), a.parts = int(parts), a.eps = eps, a.out = out, a.out_scale = out_scale;
-    a.next = static_cast<const uint8_t*>(next), a.next_bytes = next_bytes;
     const auto chosen = gelu ? launch<kReadGelu> : launch<kRead>;
-    chosen(a, stream, weights, sizes, sizes.tiling(device), early, device, cuda_stream);
+    chosen(a, stream, weights, sizes, sizes.tiling(kRead, device), early, device, cuda_stream);
 }
 
 void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                    const float* input_scale, const float* weight_scale, void* h, const float* offset, const float* stream_scale,
-                   float* moments, uint8_t* stream, const void* next, int64_t next_bytes, bool early, int device, cudaStream_t cuda_stream) {
+                   float* moments, uint8_t* stream, bool early, int device, cudaStream_t cuda_stream) {
     const DeviceGuard guard(device);
     const Sizes sizes{rows, columns, depth, low};
     Arguments a{};
     a.input_scale = input_scale, a.weight_scale = weight_scale, a.h = static_cast<__nv_bfloat16*>(h);
     a.offset = offset, a.stream_scale = stream_scale, a.new_moments = reinterpret_cast<float2*>(moments), a.stream = stream;
-    a.next = static_cast<const uint8_t*>(next), a.next_bytes = next_bytes;
-    launch<kAdd>(a, x, weights, sizes, sizes.tiling(device), early, device, cuda_stream);
+    launch<kAdd>(a, x, weights, sizes, sizes.tiling(kAdd, device), early, device, cuda_stream);
 }
 
 }  // namespace bldm::cuda

@@ -8,7 +8,7 @@
 // A block stays on its multiprocessor and takes tiles in turn. One thread of the last warpgroup brings stages of 128 bytes of k,
 // ahead of the others by as many as there is room for, whatever tile they belong to; its other warps prepare what is needed
 // behind the product. The other warpgroups share the tile and go at their own pace, so that one multiplies while another writes.
-// The blocks of a cluster have tiles with the same rows or the same columns: each one fetches a part of what they share for all.
+// The two blocks of a cluster have tiles with the same rows or the same columns: each one fetches half of what they share for both.
 //
 // The weights' rows come in an order (inference/stream.py) in which eight neighbouring columns of a row are one thread's.
 #pragma once
@@ -17,8 +17,8 @@
 
 namespace bldm::cuda::products {
 
-// One operand of a block's stages: all of its rows for this block, or, where the cluster shares them, a part for all its blocks.
-template <int kTileRows, int kCluster>
+// One operand of a block's stages: all of its rows for this block, or, where the cluster shares them, half of them for both.
+template <int kTileRows>
 struct Operand {
     static constexpr int kPart = kTileRows / kCluster;
     const TensorMap* map;
@@ -37,11 +37,11 @@ struct Operand {
 template <bool kLow, class S>
 __device__ inline void fetch_all(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
     constexpr int kValues = kStageDepth / (kLow ? 1 : 2);
-    Operand<S::kRows, S::kCluster> rows{&a.rows, !a.share_weights, rank, 0};
-    Operand<S::kColumns, S::kCluster> weights{&a.weights, bool(a.share_weights), rank, 0};
+    Operand<S::kRows> rows{&a.rows, !a.share_weights, rank, 0};
+    Operand<S::kColumns> weights{&a.weights, bool(a.share_weights), rank, 0};
     Place<S::kStages> place;
     for (int unit = cluster; unit < a.units; unit += clusters) {
-        const Tile tile(a, unit, rank, S::kCluster);
+        const Tile tile(a, unit, rank);
         rows.first_row = tile.row_tile * S::kRows, weights.first_row = tile.column_tile * S::kColumns;
         for (int step = 0; step < a.steps; ++step) {
             uint64_t* full = s.full(place.slot);
@@ -61,21 +61,22 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
     const int i = threadIdx.x - (S::kBlockThreads - kPreparers);
     const float* const vectors[kVectors] = {kKind == kAdd ? a.offset : a.by_one, a.bias, a.by_offset};
     wait_for_inputs();
-    if (i == 0 && a.next) {
-        const int64_t share = (a.next_bytes / gridDim.x + 127) / 128 * 128, first = blockIdx.x * share;
-        if (first < a.next_bytes) prefetch_bulk(a.next + first, uint32_t(share < a.next_bytes - first ? share : a.next_bytes - first));
-    }
     const float scale = kKind != kAdd && a.weight_scale ? *a.input_scale * *a.weight_scale : 1;
-    Turn<S> turn;
-    for (int unit = cluster; unit < a.units; unit += clusters, turn.advance()) {
-        const Tile tile(a, unit, rank, S::kCluster);
+    uint32_t parity = 0;
+    for (int unit = cluster; unit < a.units; unit += clusters, parity ^= 1) {
+        const Tile tile(a, unit, rank);
         const int first_row = tile.row_tile * S::kRows, first_column = tile.column_tile * S::kColumns;
-        wait_for(s.used(turn.set), turn.parity ^ 1);
+        wait_for(s.used(), parity ^ 1);
         for (int which = 0; which < kVectors; ++which)
             for (int column = i; column < S::kColumns; column += kPreparers)
-                s.vector(turn.set, which)[column] =
+                s.vector(which)[column] =
                     vectors[which] && first_column + column < a.num_columns ? __ldg(vectors[which] + first_column + column) : 0;
-        if constexpr (kKind != kAdd)
+        if constexpr (kKind == kAdd) {
+            // The stream, so that it is near when all blocks at once add to it.
+            const int columns = min(S::kColumns, a.num_columns - first_column);
+            for (int row = first_row + i; columns > 0 && row < min(first_row + S::kRows, a.num_rows); row += kPreparers)
+                prefetch_bulk(a.h + int64_t(row) * a.num_columns + first_column, uint32_t(2 * columns));
+        } else {
             for (int row = i; row < S::kRows; row += kPreparers) {
                 float sum = 0, squares = 0;
                 if (first_row + row < a.num_rows)
@@ -85,38 +86,33 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
                     }
                 const float mean = sum / a.depth, variance = squares / a.depth - mean * mean;
                 const float r = rsqrtf(fmaxf(variance, 0) + a.eps);
-                s.scales(turn.set)[row] = make_float2(r * scale, -mean * r);
+                s.scales()[row] = make_float2(r * scale, -mean * r);
             }
+        }
         __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(s.prepared(turn.set));
+        if (threadIdx.x % 32 == 0) arrive(s.prepared());
     }
 }
 
-// A warpgroup's part of the tiles of its set.
-template <Kind kKind, bool kLow, int set, class S>
+// A warpgroup's part of the tiles.
+template <Kind kKind, bool kLow, class S>
 __device__ __forceinline__ void multiply(const Arguments& a, const Shared<S>& s, int group, int rank, int cluster, int clusters) {
     const int lane = threadIdx.x % 32;
-    const int first_row = group % S::kOfSet / S::kColumnGroups * 64, first_column = group % S::kColumnGroups * S::kWidth;
+    const int first_row = group / S::kColumnGroups * 64, first_column = group % S::kColumnGroups * S::kWidth;
     // uniform, so that operands are named by registers that can be counted up
     const uint32_t rows = uniform(operand(s.rows(0) + first_row * kStageDepth));
     const uint32_t weights = uniform(operand(s.weights(0) + first_column * kStageDepth));
     const auto release = [&](int slot) {
-        if (lane < S::kCluster) arrive_at(s.empty(slot), lane);
+        if (lane < kCluster) arrive_at(s.empty(slot), lane);
     };
     wait_for_inputs();
     Place<S::kStages> place;
-    Turn<S> turn;
-    for (int unit = cluster; unit < a.units; unit += clusters, turn.advance()) {
-        if (S::kSets > 1 && turn.set != set) {
-            place.skip(a.steps);
-            continue;
-        }
-        const Part<S> part(a, s, Tile(a, unit, rank, S::kCluster), set, first_row, first_column);
+    uint32_t parity = 0;
+    for (int unit = cluster; unit < a.units; unit += clusters, parity ^= 1) {
+        const Part<S> part(a, s, Tile(a, unit, rank), first_row, first_column);
         if constexpr (kKind == kAdd) part.ask_for_stream();
         float sums[S::kBlocks][S::kWidth / 2];
         int last = 0;
-        // Not before the other set has waited for all its stages: of a stage that is two rounds ahead, a barrier says nothing.
-        if constexpr (S::kSets > 1) wait_for(s.turn(set), turn.parity ^ (set == 0));
         for (int step = 0; step < a.steps; ++step) {
             wait_for(s.full(place.slot), place.parity);
             const uint32_t at = place.slot * (Shared<S>::kStageBytes >> 4);
@@ -132,46 +128,39 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Shared<S>& s,
             last = place.slot;
             place.advance();
         }
-        if (S::kSets > 1 && lane == 0) arrive(s.turn(1 - set));
         wait_products<0>();
         release(last);
 #pragma unroll
         for (int block = 0; block < S::kBlocks; ++block) settle(sums[block]);
-        wait_for(s.prepared(set), turn.parity);
+        wait_for(s.prepared(), parity);
         if constexpr (kKind == kAdd)
             part.template add<kLow>(sums);
         else
             part.template write<kKind, kLow>(sums);
         __syncwarp();
-        if (lane == 0) arrive(s.used(set));
+        if (lane == 0) arrive(s.used());
     }
 }
 
 template <Kind kKind, bool kLow, class S>
-static __global__ void __cluster_dims__(S::kCluster) __launch_bounds__(S::kBlockThreads, 1)
+static __global__ void __cluster_dims__(kCluster) __launch_bounds__(S::kBlockThreads, 1)
     kernel(const __grid_constant__ Arguments a) {
     const Shared<S> s{aligned_shared()};
     const int group = int(uniform(threadIdx.x / kGroup)), rank = int(cluster_rank());
-    const int cluster = blockIdx.x / S::kCluster, clusters = gridDim.x / S::kCluster;
+    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
     if (threadIdx.x == 0) {
         prefetch_map(&a.rows), prefetch_map(&a.weights);
-        for (int i = 0; i < S::kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), S::kOfSet * 4 * S::kCluster);
-        for (int i = 0; i < S::kSets; ++i) {
-            init_barrier(s.prepared(i), kPreparers / 32), init_barrier(s.used(i), S::kOfSet * 4);
-            init_barrier(s.turn(i), S::kOfSet * 4);
-        }
+        for (int i = 0; i < S::kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), S::kGroups * 4 * kCluster);
+        init_barrier(s.prepared(), kPreparers / 32), init_barrier(s.used(), S::kGroups * 4);
         publish_barriers();
     }
     sync_cluster();
     let_next_start();
     if (group < S::kGroups) {
-        if constexpr (S::kGroups > 1) take_registers<S::kRegisters>();
-        if (S::kSets == 1 || group < S::kOfSet)
-            multiply<kKind, kLow, 0>(a, s, group, rank, cluster, clusters);
-        else
-            multiply<kKind, kLow, 1>(a, s, group, rank, cluster, clusters);
+        take_registers<S::kRegisters>();
+        multiply<kKind, kLow>(a, s, group, rank, cluster, clusters);
     } else {
-        if constexpr (S::kGroups > 1) give_registers<S::kFetcherRegisters>();
+        give_registers<S::kFetcherRegisters>();
         if (threadIdx.x % kGroup == 0)
             fetch_all<kLow>(a, s, rank, cluster, clusters);
         else if (threadIdx.x % kGroup >= 32)

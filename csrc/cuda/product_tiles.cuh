@@ -5,7 +5,7 @@
 
 namespace bldm::cuda::products {
 
-constexpr int kGroup = 128;
+constexpr int kGroup = 128, kCluster = 2;
 constexpr int kStageDepth = 128;         // bytes of k
 constexpr int kNeighbours = 8;           // columns of a thread, of 32
 constexpr int kPreparers = kGroup - 32;  // threads that prepare what is needed behind the product
@@ -33,50 +33,44 @@ struct Arguments {
     uint8_t* stream;
 
     int units;  // clusters' tiles
-    const uint8_t* next;  // what the kernel behind this one begins with, to be near by then; or null
-    int64_t next_bytes;
 };
 
-// The tile of a block; some of a cluster's may lie behind the last row or column.
+// The tile of a block; one of a cluster's may lie behind the last row or column.
 struct Tile {
     int row_tile, column_tile;
 
-    __device__ Tile(const Arguments& a, int unit, int rank, int cluster) {
+    __device__ Tile(const Arguments& a, int unit, int rank) {
+        const int groups = (a.column_tiles + kCluster - 1) / kCluster;
         if (a.share_weights)
-            row_tile = unit / a.column_tiles * cluster + rank, column_tile = unit % a.column_tiles;
-        else {
-            const int groups = (a.column_tiles + cluster - 1) / cluster;
-            row_tile = unit / groups, column_tile = unit % groups * cluster + rank;
-        }
+            row_tile = unit / a.column_tiles * kCluster + rank, column_tile = unit % a.column_tiles;
+        else
+            row_tile = unit / groups, column_tile = unit % groups * kCluster + rank;
     }
 };
 
-// A tile's warpgroups stand in rows and columns and have kBlocks times 64 rows and kWidth columns each; where there are two sets of
-// them, they take tiles in turn, so that one multiplies while the other writes. kCluster blocks have tiles with the same rows or
-// columns. kAhead: as many times 32 columns of the stream does a thread ask for before its products end.
-template <int kRowGroups_, int kColumnGroups_, int kBlocks_, int kWidth_, int kSets_, int kCluster_, int kStages_, int kAhead_>
+// A tile's warpgroups stand in rows and columns and have kBlocks times 64 rows and kWidth columns each. kAhead: as many times 32
+// columns of the stream does a thread ask for before its products end.
+template <int kRowGroups_, int kColumnGroups_, int kBlocks_, int kWidth_, int kStages_, int kAhead_>
 struct Shape {
     static constexpr int kRowGroups = kRowGroups_, kColumnGroups = kColumnGroups_, kBlocks = kBlocks_, kWidth = kWidth_;
-    static constexpr int kSets = kSets_, kCluster = kCluster_, kStages = kStages_, kAhead = kAhead_;
-    static constexpr int kOfSet = kRowGroups * kColumnGroups, kGroups = kOfSet * kSets, kBlockThreads = (kGroups + 1) * kGroup;
+    static constexpr int kStages = kStages_, kAhead = kAhead_;
+    static constexpr int kGroups = kRowGroups * kColumnGroups, kBlockThreads = (kGroups + 1) * kGroup;
     static constexpr int kRows = kRowGroups * kBlocks * 64, kColumns = kColumnGroups * kWidth;
     // Of a thread: at the start, then of the last warpgroup and of the others; in multiples of 8, 65536 in all.
     static constexpr int kFirstRegisters = 512 / (kGroups + 1) / 8 * 8, kFetcherRegisters = kGroups == 3 ? 32 : 40;
     static constexpr int kRegisters = ((kGroups + 1) * kFirstRegisters - kFetcherRegisters) / kGroups / 8 * 8;
     static_assert(kRowGroups == 1 || kBlocks == 1);
 };
-using Large = Shape<1, 2, 3, 128, 1, 2, 3, 6>;   // 192 x 256
-using Middle = Shape<3, 1, 1, 192, 1, 2, 4, 2>;  // 192 x 192
-using Turns = Shape<1, 1, 3, 128, 2, 2, 4, 6>;   // 192 x 128, two at a time
-using Narrow = Shape<3, 1, 1, 64, 1, 2, 6, 2>;   // 192 x 64
+using Large = Shape<1, 2, 3, 128, 3, 6>;   // 192 x 256
+using Middle = Shape<3, 1, 1, 192, 4, 2>;  // 192 x 192
+using Narrow = Shape<3, 1, 1, 64, 6, 2>;   // 192 x 64
 
 template <class S>
 struct Shared {
     static constexpr int kRowBytes = S::kRows * kStageDepth, kStageBytes = kRowBytes + S::kColumns * kStageDepth;
     static constexpr int kAheadBytes = S::kAhead * 2 * 16 * S::kGroups * kGroup;
-    static constexpr int kSetFloats = 2 * S::kRows + kVectors * S::kColumns;
     static constexpr int kBytes =
-        S::kStages * kStageBytes + kAheadBytes + S::kSets * kSetFloats * 4 + (2 * S::kStages + 3 * S::kSets) * 8;
+        S::kStages * kStageBytes + kAheadBytes + S::kRows * 8 + kVectors * S::kColumns * 4 + (2 * S::kStages + 2) * 8;
     static_assert(kBytes <= 227 * 1024);
 
     uint8_t* stages;
@@ -87,21 +81,14 @@ struct Shared {
     __device__ uint4* ahead(int i, int row) const {
         return reinterpret_cast<uint4*>(stages + S::kStages * kStageBytes) + (2 * i + row) * S::kGroups * kGroup + threadIdx.x;
     }
-    // What a set needs behind its product. Of the rows: r times the scale of the product, -m r. Of the columns: W 1, the bias, W times
-    // the offset; or the offset.
-    __device__ float2* scales(int set) const {
-        return reinterpret_cast<float2*>(stages + S::kStages * kStageBytes + kAheadBytes) + set * kSetFloats / 2;
-    }
-    __device__ float* vector(int set, int which) const {
-        return reinterpret_cast<float*>(scales(set) + S::kRows) + which * S::kColumns;
-    }
-    // A stage is there; all blocks of the cluster may write it; scales and vectors are there; they may be written; it is the set's turn
-    // to multiply.
-    __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(scales(S::kSets)) + slot; }
+    // Of a tile's rows: r times the scale of the product, -m r. Of its columns: W 1, the bias, W times the offset; or the offset.
+    __device__ float2* scales() const { return reinterpret_cast<float2*>(stages + S::kStages * kStageBytes + kAheadBytes); }
+    __device__ float* vector(int which) const { return reinterpret_cast<float*>(scales() + S::kRows) + which * S::kColumns; }
+    // A stage is there; both blocks of the cluster may write it; scales and vectors are there; they may be written.
+    __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(vector(kVectors)) + slot; }
     __device__ uint64_t* empty(int slot) const { return full(S::kStages) + slot; }
-    __device__ uint64_t* prepared(int set) const { return empty(S::kStages) + set; }
-    __device__ uint64_t* used(int set) const { return prepared(S::kSets) + set; }
-    __device__ uint64_t* turn(int set) const { return used(S::kSets) + set; }
+    __device__ uint64_t* prepared() const { return empty(S::kStages); }
+    __device__ uint64_t* used() const { return empty(S::kStages) + 1; }
 };
 
 // A block's place in the ring of stages.
@@ -112,24 +99,9 @@ struct Place {
     __device__ void advance() {
         if (++slot == kStages) slot = 0, parity ^= 1;
     }
-    __device__ void skip(int stages) {
-        const uint32_t to = slot + stages;
-        slot = to % kStages, parity ^= to / kStages & 1;
-    }
 };
 
 __device__ __forceinline__ uint32_t as_word(__half2 x) { return reinterpret_cast<const uint32_t&>(x); }
-
-// Whose turn a tile is, and which parity the set's barriers have.
-template <class S>
-struct Turn {
-    int set = 0;
-    uint32_t parity = 0;
-
-    __device__ void advance() {
-        if (++set == S::kSets) set = 0, parity ^= 1;
-    }
-};
 
 // GELU by its tanh form.
 __device__ __forceinline__ float gelu(float x) {
@@ -165,13 +137,12 @@ struct Part {
     const Arguments& a;
     const Shared<S>& s;
     const Tile tile;
-    const int set, row_in_tile, column_in_tile;
+    const int row_in_tile, column_in_tile;
 
-    __device__ Part(const Arguments& a, const Shared<S>& s, Tile tile, int set, int first_row, int first_column)
+    __device__ Part(const Arguments& a, const Shared<S>& s, Tile tile, int first_row, int first_column)
         : a(a),
           s(s),
           tile(tile),
-          set(set),
           row_in_tile(first_row + threadIdx.x % kGroup / 32 * 16 + threadIdx.x % 32 / 4),
           column_in_tile(first_column + threadIdx.x % 4 * kNeighbours) {}
 
@@ -202,7 +173,7 @@ struct Part {
         const __half2 half_inverse = __float2half2_rn(kKind == kReadGelu && kLow ? fminf(0.5f / *a.out_scale, 8e3f) : 0);
 #pragma unroll
         for (int block = 0; block < S::kBlocks; ++block) {
-            const float2 scale[2] = {s.scales(set)[row_in_tile + 64 * block], s.scales(set)[row_in_tile + 64 * block + 8]};
+            const float2 scale[2] = {s.scales()[row_in_tile + 64 * block], s.scales()[row_in_tile + 64 * block + 8]};
             const Place place(*this, block);
 #pragma unroll
             for (int of_32 = 0; of_32 < S::kWidth / 32; ++of_32) {
@@ -211,8 +182,8 @@ struct Part {
                 for (int half = 0; half < 2; ++half) {
                     float by_one[4], bias[4], by_offset[4], y[4];
                     const int at = column_in_tile + 32 * of_32 + 4 * half;
-                    load_values(by_one, s.vector(set, 0) + at), load_values(bias, s.vector(set, 1) + at);
-                    if constexpr (!kLow) load_values(by_offset, s.vector(set, 2) + at);
+                    load_values(by_one, s.vector(0) + at), load_values(bias, s.vector(1) + at);
+                    if constexpr (!kLow) load_values(by_offset, s.vector(2) + at);
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         take(y, sums, block, of_32, r, half);
@@ -276,7 +247,7 @@ struct Part {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float offset[4], y[4], before[4];
-                        load_values(offset, s.vector(set, 0) + column_in_tile + 32 * of_32 + 4 * half);
+                        load_values(offset, s.vector(0) + column_in_tile + 32 * of_32 + 4 * half);
                         take(y, sums, block, of_32, r, half), values_of(before, words[2 * half], words[2 * half + 1]);
 #pragma unroll
                         for (int i = 0; i < 4; ++i) y[i] = scale * y[i] + before[i];

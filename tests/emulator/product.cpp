@@ -9,7 +9,7 @@ namespace {
 using namespace bldm::cuda;
 using namespace bldm::cuda::products;
 
-using Shapes = std::tuple<Large, Middle, Turns, Narrow>;
+using Shapes = std::tuple<Large, Middle, Narrow>;
 
 // f of the shape of this number.
 template <class F, size_t... kIndices>
@@ -57,23 +57,23 @@ extern "C" const char* run(const Launch* launch) {
         const int bytes = l.low ? 1 : 2;
         const auto ceil_div = [](long a, long b) { return int((a + b - 1) / b); };
         Arguments a{};
-        const auto part_of = [](int tile, bool shared) { return shared ? tile / S::kCluster : tile; };
+        const auto part_of = [](int tile, bool shared) { return shared ? tile / kCluster : tile; };
         const int row_tiles = ceil_div(l.num_rows, S::kRows), column_tiles = ceil_div(l.num_columns, S::kColumns);
         a.rows = {l.rows, {int(l.depth), int(l.num_rows), 1}, part_of(S::kRows, !l.share_weights), bytes};
         a.weights = {l.weights, {int(l.depth), int(l.num_columns), 1}, part_of(S::kColumns, l.share_weights), bytes};
         a.num_rows = int(l.num_rows), a.num_columns = int(l.num_columns), a.steps = ceil_div(l.depth * bytes, kStageDepth);
         a.column_tiles = column_tiles, a.share_weights = l.share_weights;
-        a.units = l.share_weights ? ceil_div(row_tiles, S::kCluster) * column_tiles
-                                  : row_tiles * ceil_div(column_tiles, S::kCluster);
+        a.units = l.share_weights ? ceil_div(row_tiles, kCluster) * column_tiles
+                                  : row_tiles * ceil_div(column_tiles, kCluster);
         a.input_scale = l.input_scale, a.weight_scale = l.weight_scale;
         a.by_one = l.by_one, a.bias = l.bias, a.by_offset = l.by_offset, a.moments = reinterpret_cast<const float2*>(l.moments);
         a.parts = int(l.parts), a.depth = int(l.depth), a.eps = l.eps, a.out = l.out, a.out_scale = l.out_scale;
         a.h = static_cast<__nv_bfloat16*>(l.h), a.offset = l.offset, a.stream_scale = l.stream_scale;
         a.new_moments = reinterpret_cast<float2*>(l.new_moments), a.stream = l.stream;
         const auto kernel = chosen<S>(l.kind, l.low);
-        const int grid = S::kCluster * std::min(a.units, l.clusters);
+        const int grid = kCluster * std::min(a.units, l.clusters);
         try {
-            emulator::launch(grid, S::kBlockThreads, S::kCluster, Shared<S>::kBytes, l.seed, [kernel, a] { kernel(a); });
+            emulator::launch(grid, S::kBlockThreads, kCluster, Shared<S>::kBytes, l.seed, [kernel, a] { kernel(a); });
         } catch (const std::exception& e) {
             error = e.what();
         }

@@ -54,15 +54,12 @@ class LinkedStream:
     def read(self, product: Product, *, gelu: bool = False, reader: Product | None = None) -> Tensor:
         assert product is self._stage.reads
         scale = None if reader is None else reader.input_scale
-        following = self._stage.adder.weight
-        return kernels.read(self._stream, self._stage.reader, gelu=gelu, out_scale=scale, next_weight=following, pdl=self.pdl)
+        return kernels.read(self._stream, self._stage.reader, gelu=gelu, out_scale=scale, pdl=self.pdl)
 
     def add(self, product: Product, x: Tensor) -> None:
         assert product is self._stage.adds
         adder, following = self._stage.adder, next(self._ahead, None)
-        reader = None if following is None else following.reader
-        weight = None if reader is None else reader.weight
-        self._stream = kernels.add(x, adder, self._stream, reader, next_weight=weight, pdl=self.pdl)
+        self._stream = kernels.add(x, adder, self._stream, None if following is None else following.reader, pdl=self.pdl)
         if following is not None:
             self._stage = following
 
