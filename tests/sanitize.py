@@ -3,6 +3,8 @@
 import torch
 
 import bldm_kernels as bk
+from bldm_kernels.inference import attention, stream
+from bldm_kernels.inference.product import prepare
 
 device = "cuda"
 bk.use_backend("cuda")
@@ -32,5 +34,24 @@ for channels in (7, 64, 100):
         database = bk.random_bits(300, shape[1:], seed=5, device=device)
         for queries in (x_0, database[:20], database[:70]):
             bk.hamming_topk(queries, database, 3)
+
+if torch.cuda.get_device_capability() == (9, 0):
+    one = torch.ones(1, device=device)
+    for scale in (None, one):  # bfloat16, e4m3
+        expand, contract = torch.nn.Linear(96, 320, device=device), torch.nn.Linear(320, 96, device=device)
+        norm = torch.nn.LayerNorm(96, device=device)
+        reader = stream.prepare_reader(
+            prepare(expand, torch.bfloat16, norm=norm, input_scale=scale), torch.zeros(96, device=device), 1e-5, scale
+        )
+        adder = stream.prepare_adder(prepare(contract, torch.bfloat16, input_scale=scale))
+        found = stream.enter(torch.randn(400, 96, device=device).bfloat16(), reader)
+        for _ in range(2):
+            inner = stream.read(found, reader, gelu=True, out_scale=scale)
+            stream.read(found, reader)
+            found = stream.add(inner, adder, found, reader)
+        stream.add(inner, adder, found)
+    qkv = torch.randn(2, 257, 3 * 2 * 64, device=device).bfloat16()
+    assert attention.takes_whole_heads(qkv, 2)
+    attention.whole_heads(qkv, 2)
 torch.cuda.synchronize()
 print("ok")
