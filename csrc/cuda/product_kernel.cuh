@@ -39,7 +39,7 @@ __device__ inline void fetch_all(const Arguments& a, const Shared<S>& s, int ran
     constexpr int kValues = kStageDepth / (kLow ? 1 : 2);
     Operand<S::kRows> rows{&a.rows, !a.share_weights, rank, 0};
     Operand<S::kColumns> weights{&a.weights, bool(a.share_weights), rank, 0};
-    Place<S::kStages> place;
+    RingPlace<S::kStages> place;
     for (int unit = cluster; unit < a.units; unit += clusters) {
         const Tile tile(a, unit, rank);
         rows.first_row = tile.row_tile * S::kRows, weights.first_row = tile.column_tile * S::kColumns;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Shared<S>& s,
         if (lane < kCluster) arrive_at(s.empty(slot), lane);
     };
     wait_for_inputs();
-    Place<S::kStages> place;
+    RingPlace<S::kStages> place;
     uint32_t parity = 0;
     for (int unit = cluster; unit < a.units; unit += clusters, parity ^= 1) {
         const Part<S> part(a, s, Tile(a, unit, rank), first_row, first_column);

@@ -31,11 +31,10 @@ struct Arguments {
     const float *offset, *stream_scale;
     float2* new_moments;
     uint8_t* stream;
-
-    int units;  // clusters' tiles
+    int units;  // the tiles of all clusters, of which one takes kCluster at a time
 };
 
-// The tile of a block; one of a cluster's may lie behind the last row or column.
+// The tile of a block. A cluster's are neighbours, of which one may lie behind the last row or column.
 struct Tile {
     int row_tile, column_tile;
 
@@ -91,9 +90,9 @@ struct Shared {
     __device__ uint64_t* used() const { return empty(S::kStages) + 1; }
 };
 
-// A block's place in the ring of stages.
+// A warp's place in the ring of stages.
 template <int kStages>
-struct Place {
+struct RingPlace {
     uint32_t slot = 0, parity = 0;
 
     __device__ void advance() {
@@ -146,8 +145,7 @@ struct Part {
           row_in_tile(first_row + threadIdx.x % kGroup / 32 * 16 + threadIdx.x % 32 / 4),
           column_in_tile(first_column + threadIdx.x % 4 * kNeighbours) {}
 
-    // Where its columns begin in the rows of a block. Computed when it is asked for: places of all blocks, found at once, would not
-    // leave the sums their registers.
+    // Where its columns begin in the rows of a block.
     struct Place {
         int row, columns;  // the upper one; as many from the first one on
         int64_t offset, below;
@@ -162,12 +160,13 @@ struct Part {
         __device__ bool there(const Part& part, int of_32, int r) const { return row + 8 * r < part.a.num_rows && 32 * of_32 < columns; }
     };
 
-    // The four sums of a half of the columns.
+    // Four sums, of half of its columns of 32.
     static __device__ __forceinline__ void take(float (&to)[4], const Sums& sums, int block, int of_32, int r, int half) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) to[i] = sums[block][16 * of_32 + 8 * half + 4 * (i / 2) + 2 * r + i % 2];
     }
 
+    // What a product makes of the stream: behind the norm, with bias and GELU.
     template <Kind kKind, bool kLow>
     __device__ __forceinline__ void write(const Sums& sums) const {
         const __half2 half_inverse = __float2half2_rn(kKind == kReadGelu && kLow ? fminf(0.5f / *a.out_scale, 8e3f) : 0);
@@ -212,6 +211,7 @@ struct Part {
         }
     }
 
+    // The stream where the unit's sums will be added to it; a group of copies for every unit, so that they can be waited for by count.
     __device__ __forceinline__ void ask_for(int unit) const {
         const int of_32 = unit % (S::kWidth / 32);
         if (unit < kUnits) {
@@ -227,6 +227,7 @@ struct Part {
         for (int unit = 0; unit < S::kAhead; ++unit) ask_for(unit);
     }
 
+    // The sums, to the stream, and what its next reader needs.
     template <bool kLow>
     __device__ __forceinline__ void add(const Sums& sums) const {
         const float scale = kLow ? *a.input_scale * *a.weight_scale : 1;
