@@ -20,8 +20,8 @@ from . import norm, product
 from .attention import E4M3, check_scale, to_e4m3
 from .product import Weights, dequantized
 
-# From so many rows on they are no slower than a norm and its product, in bfloat16 and in e4m3: of 1,028 rows a step takes 1.2 and 1.0
-# times as long as with norms, of 2,056 rows 0.95 and 0.81 times (benchmarks/results/engine_parts_nvidia_h200.txt).
+# From so many rows on they are no slower than a norm and its product, in bfloat16 and in e4m3: a step of 1,028 rows takes 1.2 and
+# 1.0 times as long as with norms, of 2,056 rows 0.95 and 0.81 times (benchmarks/results/engine_parts_nvidia_h200.txt).
 MANY_ROWS, MANY_LOW_ROWS = 2048, 1024
 COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are in an order of their own within so many
 
