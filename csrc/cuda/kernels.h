@@ -94,7 +94,7 @@ void hamming_select(int64_t* keys, int64_t num_queries, int64_t capacity, int64_
 int64_t layer_stack_counters(int64_t rows, int64_t layers);
 // All layers of a transformer of width 768 with 12 heads, on the residual stream h, bfloat16 (rows, 768), in place. stream,
 // qkv, mixed and inner are scratch memory of 768, 4608, 768 and 3072 bytes a row, for rows rounded up to a multiple of 56,
-// and moments of 12 float32 a row. Weights (e4m3) and vectors as inference/layer_stack.py lays them out. rows are whole samples of
+// and moments of 24 float32 a row. Weights (e4m3) and vectors as inference/layer_stack.py lays them out. rows are whole samples of
 // `tokens`, 320 at most. times: clocks of a block, (layers, 5, 5), or null. Only for compute capability 9.0.
 void layer_stack(void* h, uint8_t* stream, uint8_t* qkv, uint8_t* mixed, uint8_t* inner, float* moments,
                  const uint8_t* weights, const float* vectors, uint32_t* counters, int64_t rows, int64_t tokens,

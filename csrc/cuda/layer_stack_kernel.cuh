@@ -17,16 +17,11 @@
 // the reciprocal deviation of a row, W ((x - m) r) + b = r (s W q - m W 1) + b.
 #pragma once
 
+#include "cuda/gelu.cuh"
 #include "cuda/layer_stack_attention.cuh"
 #include "cuda/layer_stack_feed.cuh"
 
 namespace bldm::cuda::stack {
-
-// By its tanh form.
-__device__ __forceinline__ float gelu(float x) {
-    const float half = 0.5f * x;
-    return half + half * tanh_fast(x * (0.7978845608f + 0.0356774081f * x * x));
-}
 
 // bfloat16 plus float32
 __device__ __forceinline__ float4 add(uint2 x, float4 y) {

@@ -1,9 +1,12 @@
 // What the parts of product_kernel.cuh share: the arguments, the tiles and their shared memory, and what becomes of the sums.
 #pragma once
 
+#include "cuda/gelu.cuh"
 #include "cuda/warpgroup.cuh"
 
 namespace bldm::cuda::products {
+
+using cuda::gelu;  // beside the one of halves
 
 constexpr int kGroup = 128, kCluster = 2;
 constexpr int kStageDepth = 128;         // bytes of k
@@ -102,13 +105,7 @@ struct RingPlace {
 
 __device__ __forceinline__ uint32_t as_word(__half2 x) { return reinterpret_cast<const uint32_t&>(x); }
 
-// GELU by its tanh form.
-__device__ __forceinline__ float gelu(float x) {
-    const float half = 0.5f * x;
-    return half + half * tanh_fast(x * (0.7978845608f + 0.0356774081f * x * x));
-}
-
-// Times a factor, two halves at once: for what then becomes e4m3.
+// GELU times a factor, of two halves at once: for what then becomes e4m3.
 __device__ __forceinline__ __half2 gelu(float x, float y, __half2 half_factor) {
     // below -8 it is 0, where the largest halves would give infinity times 0
     const __half2 both = __hmax2(__floats2half2_rn(x, y), __float2half2_rn(-8)), half = __hmul2(both, half_factor);
