@@ -41,7 +41,6 @@ def read_stream(
     weight_scale_ptr: int,
     by_one_ptr: int,
     bias_ptr: int,
-    by_offset_ptr: int,
     moments_ptr: int,
     parts: int,
     eps: float,
@@ -54,10 +53,10 @@ def read_stream(
 ) -> None:
     dtype, vector = E4M3 if low else torch.bfloat16, (torch.float32, columns)
     scales = (at(address, torch.float32, 1) for address in (stream_scale_ptr, weight_scale_ptr))
-    behind = (there(by_one_ptr, *vector), there(bias_ptr, *vector), at(by_offset_ptr, *vector))
-    reader = Reader(there(weight_ptr, dtype, columns, depth), *behind, torch.zeros(depth), *scales, eps)
+    behind = (there(by_one_ptr, *vector), there(bias_ptr, *vector))
+    reader = Reader(there(weight_ptr, dtype, columns, depth), *behind, *scales, eps)
     x, moments = there(stream_ptr, dtype, rows, depth), there(moments_ptr, torch.float32, rows, parts, 2)
-    assert low == (by_offset_ptr == 0) == (stream_scale_ptr != 0) and (out_scale_ptr != 0) == (gelu and low)
+    assert low == (stream_scale_ptr != 0) and (out_scale_ptr != 0) == (gelu and low)
     y = plain_read(Stream(x.bfloat16(), moments, x if low else None), reader, gelu)
     out_scale = at(out_scale_ptr, torch.float32, 1)
     out = y.bfloat16() if out_scale is None else to_e4m3(y, out_scale)
@@ -73,8 +72,8 @@ def add_to_stream(
     depth: int,
     input_scale_ptr: int,
     weight_scale_ptr: int,
+    bias_ptr: int,
     h_ptr: int,
-    offset_ptr: int,
     stream_scale_ptr: int,
     moments_ptr: int,
     stream_ptr: int,
@@ -84,13 +83,14 @@ def add_to_stream(
 ) -> None:
     dtype, h = E4M3 if low else torch.bfloat16, there(h_ptr, torch.bfloat16, rows, columns)
     scales = (at(address, torch.float32, 1) for address in (input_scale_ptr, weight_scale_ptr))
-    weights = Weights(there(weight_ptr, dtype, columns, depth), torch.zeros(columns).bfloat16(), *scales)
-    h.copy_(plain_add(there(x_ptr, dtype, rows, depth), weights, h))
-    offset, stream_scale = at(offset_ptr, torch.float32, columns), at(stream_scale_ptr, torch.float32, 1)
-    assert (offset is None) == (moments_ptr == 0) and (stream_scale is None) == (stream_ptr == 0)
-    if offset is not None:
+    weights = Weights(there(weight_ptr, dtype, columns, depth), there(bias_ptr, torch.float32, columns), *scales)
+    added = plain_add(there(x_ptr, dtype, rows, depth), weights, h)
+    h.copy_(added)
+    stream_scale = at(stream_scale_ptr, torch.float32, 1)
+    assert (stream_scale is None) == (stream_ptr == 0) and (moments_ptr != 0 or stream_scale is None)
+    if moments_ptr:
         nothing = torch.zeros(0)
-        left = plain_enter(h, Reader(nothing, nothing, nothing, None, offset, stream_scale, None, 0.0))
+        left = plain_enter(added, Reader(nothing, nothing, nothing, stream_scale, None, 0.0))
         assert left.moments is not None
         moments = there(moments_ptr, torch.float32, rows, PARTS, 2)
         moments.zero_()[:, :1] = left.moments

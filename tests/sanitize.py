@@ -40,11 +40,9 @@ if torch.cuda.get_device_capability() == (9, 0):
     for scale in (None, one):  # bfloat16, e4m3
         expand, contract = torch.nn.Linear(96, 320, device=device), torch.nn.Linear(320, 96, device=device)
         norm = torch.nn.LayerNorm(96, device=device)
-        reader = stream.prepare_reader(
-            prepare(expand, torch.bfloat16, norm=norm, input_scale=scale), torch.zeros(96, device=device), 1e-5, scale
-        )
+        reader = stream.prepare_reader(prepare(expand, torch.bfloat16, norm=norm, input_scale=scale), 1e-5, scale)
         adder = stream.prepare_adder(prepare(contract, torch.bfloat16, input_scale=scale))
-        found = stream.enter(torch.randn(400, 96, device=device).bfloat16(), reader)
+        found = stream.enter(torch.randn(400, 96, device=device).bfloat16(), reader, torch.ones(96, device=device))
         for _ in range(2):
             inner = stream.read(found, reader, gelu=True, out_scale=scale)
             stream.read(found, reader)

@@ -58,12 +58,11 @@ def offset_of(columns: int) -> Tensor:
     return torch.linspace(-1, 1, columns, device=DEVICE)
 
 
-def reader_of(rows: int, columns: int, low: bool, offset: Tensor | None = None) -> Reader:
+def reader_of(rows: int, columns: int, low: bool) -> Reader:
     """Of `rows` outputs from a stream of `columns`."""
     linear, norm, _ = layer(rows, columns)
     weights = prepare(linear, torch.bfloat16, norm=norm, input_scale=one(0.02) if low else None)
-    offset = torch.zeros(columns, device=DEVICE) if offset is None else offset
-    return prepare_reader(weights, offset, EPS, one(0.2) if low else None)
+    return prepare_reader(weights, EPS, one(0.2) if low else None)
 
 
 def adder_of(rows: int, columns: int, low: bool) -> Weights:
@@ -83,22 +82,24 @@ def exactly(stream: Stream) -> Stream:
 def test_the_plain_form_is_the_modules(gelu: bool) -> None:
     linear, norm, gamma = layer(64, 40)
     h, offset = inputs(9, 40, torch.float64), offset_of(40)
-    reader = prepare_reader(prepare(linear.double(), torch.float64, norm=norm.double()), offset, norm.eps)
-    expected = linear(norm(h + offset))
+    reader = prepare_reader(prepare(linear.double(), torch.float64, norm=norm.double()), norm.eps)
+    whole = h + offset
+    expected = linear(norm(whole))
     expected = F.gelu(expected) if gelu else expected
-    stream = enter(h, reader)
+    stream = enter(h, reader, offset)
+    assert torch.equal(h, whole) and stream.h is h
     assert error(plain_read(stream, reader, gelu), expected) < 1e-6  # vectors are float32
     assert error(read(stream, reader, gelu=gelu), expected) < 1e-6
     weights = prepare(linear, torch.float64, gamma=gamma)
     x, later = (
         inputs(9, 40, torch.float64),
-        prepare_reader(prepare(nn.Linear(64, 32, device=DEVICE), torch.float64), offset_of(64), EPS),
+        prepare_reader(prepare(nn.Linear(64, 32, device=DEVICE), torch.float64), EPS),
     )
     before = torch.randn(9, 64, dtype=torch.float64, device=DEVICE)
     left = add(x, prepare_adder(weights), Stream(before.clone()), later)
-    assert error(left.h, before + gamma * (linear(x) - linear.bias)) < 1e-12  # the bias is the caller's
-    moments, shifted = left.moments, left.h + offset_of(64)
-    assert moments is not None and error(moments.sum(1), torch.stack([shifted.sum(1), shifted.square().sum(1)], 1)) < 1e-12
+    assert error(left.h, before + gamma * linear(x)) < 1e-12
+    moments = left.moments
+    assert moments is not None and error(moments.sum(1), torch.stack([left.h.sum(1), left.h.square().sum(1)], 1)) < 1e-12
     assert add(x, prepare_adder(weights), Stream(before.clone())).moments is None
 
 
@@ -108,10 +109,11 @@ def test_the_plain_form_in_e4m3_is_the_modules_but_for_rounding(gelu: bool) -> N
     linear, norm, _ = layer(64, 96)
     h, offset, scale = inputs(9, 96), offset_of(96), one(0.1)
     weights = prepare(linear, torch.bfloat16, norm=norm, input_scale=one(0.02))
-    reader = prepare_reader(weights, offset, EPS, scale)
-    stream = enter(h, reader)
-    assert stream.low is not None and error(stream.low.double() * scale, h.double() + offset) < 4e-2
-    expected = linear.double()(norm.double()(h.double() + offset))
+    reader, whole = prepare_reader(weights, EPS, scale), h.double() + offset
+    stream = enter(h, reader, offset)
+    assert error(h, whole) < 3e-3
+    assert stream.low is not None and error(stream.low.double() * scale, whole) < 4e-2
+    expected = linear.double()(norm.double()(whole))
     out_scale = one(0.02) if gelu else None
     got = read(stream, reader, gelu=gelu, out_scale=out_scale)
     assert got.dtype == (E4M3 if gelu else torch.bfloat16)
@@ -132,11 +134,13 @@ def test_reordering_twice_is_nothing() -> None:
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("rows, columns", [(1, 32), (7, 48), (130, 768), (600, 208), (3, 5008)])
 def test_enter(rows: int, columns: int, low: bool, triton_kernels: None) -> None:
-    h, reader = inputs(rows, columns), reader_of(32, columns, low, offset_of(columns))
-    got, expected = enter(h, reader), plain_enter(h.double(), reader)
+    h, reader, offset = inputs(rows, columns), reader_of(32, columns, low), offset_of(columns) if rows > 1 else None
+    whole = h.double() if offset is None else h.double() + offset
+    got, expected = enter(h, reader, offset), plain_enter(h.double(), reader)
     assert got.h is h and got.moments is not None and expected.moments is not None
+    torch.testing.assert_close(h.double(), whole, rtol=2**-7, atol=0)  # rounded; the interpreter cuts off
     assert got.moments.shape == (rows, 1, 2) and got.moments.dtype == torch.float32
-    size = (h.double() + reader.offset).abs().sum(1)  # sums may be of both signs
+    size = h.double().abs().sum(1)  # sums may be of both signs
     assert ((got.moments[:, 0, 0] - expected.moments[:, 0, 0]).abs() <= 1e-5 * size).all()
     torch.testing.assert_close(got.moments[:, 0, 1].double(), expected.moments[:, 0, 1], rtol=1e-5, atol=0)
     if low:
@@ -148,13 +152,12 @@ def test_enter(rows: int, columns: int, low: bool, triton_kernels: None) -> None
 # --- the products' kernels ---------------------------------------------------------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_read(shape: tuple[int, int, int], low: bool, shifted: bool, gelu: bool, stream_kernels: None) -> None:
+def test_read(shape: tuple[int, int, int], low: bool, gelu: bool, stream_kernels: None) -> None:
     rows, columns, inner = shape
-    h, reader = inputs(rows, inner), reader_of(columns, inner, low, offset_of(inner) if shifted else None)
-    stream = enter(h, reader)
+    h, reader = inputs(rows, inner), reader_of(columns, inner, low)
+    stream = enter(h, reader, offset_of(inner))  # rows whose mean is not 0
     assert takes(h) and fits(reader.weight)
     out_scale = one(0.02) if gelu and low else None
     got = read(stream, reader, gelu=gelu, out_scale=out_scale)
@@ -175,7 +178,7 @@ def test_read(shape: tuple[int, int, int], low: bool, shifted: bool, gelu: bool,
 @pytest.mark.parametrize("shape", SHAPES)
 def test_add(shape: tuple[int, int, int], low: bool, last: bool, stream_kernels: None) -> None:
     rows, columns, inner = shape
-    adder, reader = adder_of(columns, inner, low), None if last else reader_of(64, columns, low, offset_of(columns))
+    adder, reader = adder_of(columns, inner, low), None if last else reader_of(64, columns, low)
     x = to_e4m3(inputs(rows, inner), one(0.02)) if low else inputs(rows, inner)
     h = inputs(rows, columns)
     expected = plain_add(x if low else x.double(), adder, h)
@@ -184,15 +187,16 @@ def test_add(shape: tuple[int, int, int], low: bool, last: bool, stream_kernels:
     if reader is None:
         assert one_way.moments is None and one_way.low is None
         return
-    left = plain_enter(one_way.h.double(), reader)  # of what was rounded to bfloat16
+    left = plain_enter(expected.double(), reader)
     assert one_way.moments is not None and again.moments is not None and left.moments is not None
     assert torch.equal(one_way.moments, again.moments)
-    sums, size = one_way.moments.double().sum(1), (one_way.h.double() + reader.offset).abs().sum(1)
-    assert ((sums[:, 0] - left.moments[:, 0, 0]).abs() <= 1e-5 * size).all()
-    torch.testing.assert_close(sums[:, 1], left.moments[:, 0, 1], rtol=1e-4, atol=0)
+    sums, size = one_way.moments.double().sum(1), expected.double().abs().sum(1)
+    limit = 1e-3 if low else 1e-4  # the tensor cores add e4m3 products up to 14 bits or so
+    assert ((sums[:, 0] - left.moments[:, 0, 0]).abs() <= limit * size).all()
+    torch.testing.assert_close(sums[:, 1], left.moments[:, 0, 1], rtol=2 * limit, atol=0)
     if low:
         assert one_way.low is not None and again.low is not None and left.low is not None
-        assert error(one_way.low, left.low) < 1e-2
+        assert error(one_way.low, left.low) < 2e-2
         assert torch.equal(one_way.low.view(torch.uint8), again.low.view(torch.uint8))
         into = add(x, adder, Stream(h.clone(), None, again.low), reader)
         assert into.low is again.low
@@ -217,7 +221,7 @@ def test_errors_name_the_argument() -> None:
     stream = enter(x, reader)
     wrong: dict[str, Any] = {
         "weight: expected rows in multiples of 32": lambda: reorder(torch.zeros(40, 8)),
-        "stream_scale: expected one for weights in e4m3 only": lambda: prepare_reader(weights, offset_of(48), EPS, one(1.0)),
+        "stream_scale: expected one for weights in e4m3 only": lambda: prepare_reader(weights, EPS, one(1.0)),
         r"h: expected a contiguous \(M, W\)": lambda: enter(x[None], reader),
         "h: expected dtype": lambda: enter(x.int(), reader),
         r"reader: expected one of h \(6, 32\)": lambda: enter(inputs(6, 32), reader),
@@ -229,7 +233,8 @@ def test_errors_name_the_argument() -> None:
         "stream.moments: expected dtype float32": lambda: read(Stream(x, torch.zeros(6, 1, 2).double()), reader),
         "stream.low: expected a torch.Tensor": lambda: read(stream, low),
         r"stream.low: expected a contiguous \(6, 48\)": lambda: read(stream._replace(low=x.to(E4M3)[:5]), low),
-        "offset: expected shape": lambda: prepare_reader(weights, offset_of(47), EPS),
+        "offset: expected shape": lambda: enter(x, reader, offset_of(47)),
+        "offset: expected dtype": lambda: enter(x, reader, offset_of(48).double()),
         "out_scale: expected one behind GELU": lambda: read(stream, reader, out_scale=one(1.0)),
         "out_scale: expected one behind": lambda: read(enter(x, low), low, gelu=True),
         "out_scale: expected one element": lambda: read(enter(x, low), low, gelu=True, out_scale=torch.ones(2, device=DEVICE)),

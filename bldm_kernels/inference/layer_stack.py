@@ -53,8 +53,8 @@ def plain(h: Tensor, layers: Sequence[Layer], batch: int, num_heads: int, eps: f
 
 def norm_behind(h: Tensor, weights: Weights, offset: Tensor, stream: Tensor, eps: float) -> Tensor:
     """The layer's product behind its norm, of x = h + offset in e4m3: float32, or float64 for float64 h. See stream.py."""
-    reader = prepare_reader(weights, offset.float(), eps, stream)
-    return plain_read(plain_enter(h, reader), reader)
+    reader = prepare_reader(weights, eps, stream)
+    return plain_read(plain_enter(h + offset, reader), reader)
 
 
 def _as_stream(weights: Weights, h: Tensor) -> Weights:

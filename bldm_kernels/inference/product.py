@@ -162,6 +162,7 @@ def add_product(x: Tensor, weights: Weights, h: Tensor, *, pdl: bool = False) ->
     Raises: TypeError, ValueError for a wrong argument.
     """
     check_input(x, weights)
+    checks.tensor("h", h, (weights.bias.dtype,))
     check_sum(h, x, weights)
     if supports(x, weights) and h.data_ptr() % 16 == 0:
         if _by_cublas(x):
@@ -187,7 +188,6 @@ def check_input(x: Tensor, weights: Weights) -> None:
 
 
 def check_sum(h: Tensor, x: Tensor, weights: Weights) -> None:
-    checks.tensor("h", h, (weights.bias.dtype,))
     checks.same_device("h", h, "x", x)
     if tuple(h.shape) != (len(x), len(weights.weight)) or not h.is_contiguous():
         raise ValueError(

@@ -1,6 +1,6 @@
 """The products of a transformer's layers with the residual stream, which leave no LayerNorm a pass of its own.
 
-    LayerNorm(x) W^T + b = r (x W^T - m W 1) + b        m, r: mean and reciprocal deviation of the rows of x = h + offset
+    LayerNorm(h) W^T + b = r (h W^T - m W 1) + b        m, r: mean and reciprocal deviation of the rows of the stream h
 
 So `read` takes the stream as it is, and has its norm behind the product. What it needs of the rows, their moments and for
 products in e4m3 the rows in e4m3, is left by whoever wrote them: `add`, or `enter` for the first reader.
@@ -27,10 +27,10 @@ COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are
 
 
 class Stream(NamedTuple):
-    """The residual stream, and what its next reader needs of x = h + offset.
+    """The residual stream, and what its next reader needs of it.
 
     h (M, W): bfloat16 for the kernels. moments (M, parts, 2): sum and sum of squares over parts of the columns, float32 (float64
-    for float64 h); None: nobody reads it next. low (M, W): for a reader in e4m3, x / its input_scale.
+    for float64 h); None: nobody reads it next. low (M, W): for a reader in e4m3, h / its input_scale.
     """
 
     h: Tensor
@@ -41,15 +41,13 @@ class Stream(NamedTuple):
 class Reader(NamedTuple):
     """A layer that reads the stream behind its norm, made by `prepare_reader`.
 
-    weight (N, K): rows as `reorder` has them; by_one, bias, by_offset (N,) in float32: W 1, b, and W offset where the rows that
-    are read lack the offset; offset (K,): float32; input_scale, weight_scale: for e4m3, of the stream and of the weights.
+    weight (N, K): rows as `reorder` has them; by_one, bias (N,) in float32: W 1, b; input_scale, weight_scale: for e4m3, of the
+    stream and of the weights.
     """
 
     weight: Tensor
     by_one: Tensor
     bias: Tensor
-    by_offset: Tensor | None
-    offset: Tensor
     input_scale: Tensor | None
     weight_scale: Tensor | None
     eps: float
@@ -59,30 +57,25 @@ class Reader(NamedTuple):
         return self.weight.dtype == E4M3
 
 
-def prepare_reader(weights: Weights, offset: Tensor, eps: float, stream_scale: Tensor | None = None) -> Reader:
+def prepare_reader(weights: Weights, eps: float, stream_scale: Tensor | None = None) -> Reader:
     """A layer for `read`. Its weight is another copy: as `weights` has it, kernels for fewer rows want it.
 
     Args:
         weights: of `product.prepare` with the norm, N a multiple of 32; their input_scale is of what a norm has passed over,
             and not used here.
-        offset: float32 (K,), what the stream lacks where it is read, see `normalize`.
         eps: of the norm.
-        stream_scale: one-element float32 tensor, for weights in e4m3: what the stream with its offset is divided by.
+        stream_scale: one-element float32 tensor, for weights in e4m3: what the stream is divided by.
 
     Raises: TypeError, ValueError for a wrong argument.
     """
-    checks.tensor("offset", offset, (torch.float32,))
-    checks.shape("offset", offset, weights.weight.shape[1:], "one a column")
     if (stream_scale is None) == (weights.weight.dtype == E4M3):
         raise ValueError(f"stream_scale: expected one for weights in e4m3 only, got {stream_scale} for {weights.weight.dtype}")
-    by_offset = None if stream_scale is not None else (dequantized(weights) @ offset.double()).float()
-    scales = (stream_scale, weights.weight_scale)
-    return Reader(reorder(weights.weight), *behind_product(weights), by_offset, offset, *scales, eps)
+    return Reader(reorder(weights.weight), *behind_product(weights), stream_scale, weights.weight_scale, eps)
 
 
 def prepare_adder(weights: Weights) -> Weights:
-    """A layer for `add`: its weight in another copy, as `reorder` has it."""
-    return weights._replace(weight=reorder(weights.weight))
+    """A layer for `add`: its weight in another copy, as `reorder` has it, and its bias in float32 (of float64 in float64)."""
+    return weights._replace(weight=reorder(weights.weight), bias=weights.bias.to(_exact(weights.bias)))
 
 
 def behind_product(weights: Weights) -> tuple[Tensor, Tensor]:
@@ -122,8 +115,8 @@ def supports(h: Tensor, low: bool) -> bool:
 
 
 def plain_enter(h: Tensor, reader: Reader) -> Stream:
-    """The specification of `enter`, in float64 for float64 h, else float32."""
-    x = h.to(_exact(h)) + reader.offset
+    """The specification of what `enter` leaves of h as it then is, in float64 for float64 h, else float32."""
+    x = h.to(_exact(h))
     low = None if reader.input_scale is None else to_e4m3(x, reader.input_scale)
     return Stream(h, torch.stack([x.sum(1), x.square().sum(1)], 1).unsqueeze(1), low)
 
@@ -140,26 +133,26 @@ def plain_read(stream: Stream, reader: Reader, gelu: bool = False) -> Tensor:
     assert stream.moments is not None
     mean, squares = (stream.moments.to(exact).sum(1) / stream.h.shape[1]).split(1, dim=1)
     r = ((squares - mean**2).clamp(min=0) + reader.eps).rsqrt()
-    y = y if reader.by_offset is None else y + reader.by_offset
     y = r * (y - mean * reader.by_one) + reader.bias
     return F.gelu(y) if gelu else y
 
 
 def plain_add(x: Tensor, weights: Weights, h: Tensor) -> Tensor:
-    """The specification of what `add` writes to h, in float64 for float64 x, else float32."""
-    return product.plain(x, prepare_adder(weights), bias=False) + h  # back in their own order
+    """The specification of what `add` writes to h, and leaves to the next reader, in float64 for float64 x, else float32."""
+    return product.plain(x, prepare_adder(weights)) + h  # rows back in their own order
 
 
-def _exact(h: Tensor) -> torch.dtype:
-    return torch.float64 if h.dtype == torch.float64 else torch.float32
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def enter(h: Tensor, reader: Reader, *, pdl: bool = False) -> Stream:
+def enter(h: Tensor, reader: Reader, offset: Tensor | None = None, *, pdl: bool = False) -> Stream:
     """What the first reader needs, of a stream that no `add` has written.
 
     Args:
-        h: contiguous (M, W), bfloat16 for the kernel.
+        h: contiguous (M, W), bfloat16 for the kernel. It is changed in place, if there is an offset.
         reader: who reads it next.
+        offset: float32 (W,), added to h first: what it lacks, see `normalize`.
         pdl: as in `attention`.
 
     Raises: TypeError, ValueError for a wrong argument.
@@ -168,13 +161,17 @@ def enter(h: Tensor, reader: Reader, *, pdl: bool = False) -> Stream:
     if h.dim() != 2 or not h.is_contiguous():
         raise ValueError(f"h: expected a contiguous (M, W), got shape {tuple(h.shape)} with strides {h.stride()}")
     _check_reader(reader, "h", h)
+    if offset is not None:
+        checks.tensor("offset", offset, (torch.float32,))
+        checks.shape("offset", offset, h.shape[1:], "one a column")
+        checks.same_device("offset", offset, "h", h)
     if not norm.supports(h):
-        return plain_enter(h, reader)
+        return plain_enter(h if offset is None else h.copy_(h + offset), reader)
     from .triton import stream as kernels
 
     low = torch.empty_like(h, dtype=E4M3) if reader.low else None
     stream = Stream(h, h.new_empty(len(h), 1, 2, dtype=torch.float32), low)
-    kernels.enter(stream, reader, pdl)
+    kernels.enter(stream, reader, offset, pdl)
     return stream
 
 
@@ -214,7 +211,7 @@ def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tenso
         *_addresses(low if reader.low else h, reader.weight),
         reader.low,
         *(len(h), len(reader.weight), h.shape[1]),
-        *_addresses(reader.input_scale, reader.weight_scale, reader.by_one, reader.bias, reader.by_offset, moments),
+        *_addresses(reader.input_scale, reader.weight_scale, reader.by_one, reader.bias, moments),
         *(moments.shape[1], reader.eps, gelu),
         *_addresses(out_scale, out),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
@@ -223,7 +220,7 @@ def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tenso
 
 
 def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = None, *, pdl: bool = False) -> Stream:
-    """h += x W^T in place, without the bias as `add_product`, and what the next reader needs of it.
+    """h += x W^T + b in place, and what the next reader needs of it: of the sum before it is rounded to h's dtype.
 
     Args:
         x: contiguous (M, K), in the dtype of the weights.
@@ -238,6 +235,7 @@ def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = Non
     """
     h = stream.h
     product.check_input(x, weights)
+    checks.floating("h", h)
     product.check_sum(h, x, weights)
     if reader is not None:
         _check_reader(reader, "h", h)
@@ -246,8 +244,9 @@ def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = Non
         if stream.low is not None:
             _check_low(stream.low, h)
     if not (takes(h) and fits(weights.weight) and x.data_ptr() % 16 == 0):
-        h.copy_(plain_add(x, weights, h))
-        return Stream(h) if reader is None else plain_enter(h, reader)
+        added = plain_add(x, weights, h)
+        h.copy_(added)
+        return Stream(h) if reader is None else plain_enter(added, reader)._replace(h=h)
     low = weights.weight.dtype == E4M3
     sizes = (len(h), *weights.weight.shape)
     left = Stream(h)
@@ -259,9 +258,8 @@ def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = Non
         *_addresses(x, weights.weight),
         low,
         *sizes,
-        *_addresses(weights.input_scale, weights.weight_scale, h),
-        *((0, 0) if reader is None else _addresses(reader.offset, reader.input_scale)),
-        *_addresses(left.moments, left.low),
+        *_addresses(weights.input_scale, weights.weight_scale, weights.bias, h),
+        *_addresses(None if reader is None else reader.input_scale, left.moments, left.low),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
     )
     return left

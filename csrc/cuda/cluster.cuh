@@ -125,6 +125,11 @@ __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same, which orders nothing but barriers that were published: it does not wait for what was written.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // Order ordinary accesses to memory that this thread knows of, and bulk copies and warpgroup products that it starts: to global
 // memory; to this block's shared memory. (To all memory at once, it would wait for every write of the block.)
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
@@ -253,6 +258,18 @@ __device__ __forceinline__ float tanh_fast(float x) {
     float y;
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+__device__ __forceinline__ __half2 tanh_fast(__half2 x) {
+    __half2 y;
+    asm("tanh.approx.f16x2 %0, %1;" : "=r"(reinterpret_cast<uint32_t&>(y)) : "r"(reinterpret_cast<const uint32_t&>(x)));
+    return y;
+}
+
+// Two values as halves, those beyond their range at its end.
+__device__ __forceinline__ __half2 finite_halves(float x, float y) {
+    __half2 both;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(reinterpret_cast<uint32_t&>(both)) : "f"(y), "f"(x));
+    return both;
 }
 
 // What other blocks have written, from the cache that they share; the load starts here.

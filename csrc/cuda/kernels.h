@@ -100,21 +100,20 @@ void layer_stack(void* h, uint8_t* stream, uint8_t* qkv, uint8_t* mixed, uint8_t
                  const uint8_t* weights, const float* vectors, uint32_t* counters, int64_t rows, int64_t tokens,
                  int64_t layers, float eps, int64_t* times, int device, cudaStream_t cuda_stream);
 
-// The products of layers with the residual stream x = h + offset, h bfloat16 (rows, width), weights (columns, depth) with rows as
-// inference/stream.py orders them; both operands bfloat16, or (low) e4m3. Columns are a multiple of 32. early: as in `attention`.
-// Only for compute capability 9.0.
+// The products of layers with the residual stream h, bfloat16 (rows, width), weights (columns, depth) with rows as
+// inference/stream.py orders them; both operands bfloat16, or (low) e4m3. Columns are a multiple of 32; bias and by_one (columns,) are
+// float32. early: as in `attention`. Only for compute capability 9.0.
 //
-// out = LayerNorm(x) W^T + bias, or GELU of it, from the stream as it is: h, or (low) x / stream_scale. moments: of x, float32 (rows,
-// parts, 2), parts of the sum and the sum of squares. by_one (columns,) is W 1, by_offset W times the offset (null: low). out is
-// bfloat16, or behind GELU and low e4m3, divided by out_scale.
+// out = LayerNorm(h) W^T + bias, or GELU of it, from the stream as it is: h, or (low) h / stream_scale. moments: of h, float32 (rows,
+// parts, 2), parts of the sum and the sum of squares. by_one is W 1. out is bfloat16, or behind GELU and low e4m3, divided by out_scale.
 void read_stream(const void* stream, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
-                 const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias,
-                 const float* by_offset, const float* moments, int64_t parts, float eps, bool gelu, const float* out_scale,
-                 void* out, bool early, int device, cudaStream_t cuda_stream);
-// h += x W^T, and what the next one reads, unless offset is null: moments (rows, moments_parts, 2) of the new h +
-// offset, and (low) that divided by stream_scale, in e4m3.
+                 const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias, const float* moments,
+                 int64_t parts, float eps, bool gelu, const float* out_scale, void* out, bool early, int device,
+                 cudaStream_t cuda_stream);
+// h += x W^T + bias, and what the next one reads, unless moments is null: moments (rows, moments_parts, 2) of the new h, and (low)
+// that divided by stream_scale, in e4m3.
 void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
-                   const float* input_scale, const float* weight_scale, void* h, const float* offset, const float* stream_scale,
+                   const float* input_scale, const float* weight_scale, const float* bias, void* h, const float* stream_scale,
                    float* moments, uint8_t* stream, bool early, int device, cudaStream_t cuda_stream);
 // In how many parts those moments come.
 int64_t moments_parts(int64_t rows, int64_t columns, int64_t depth, bool low, int device);

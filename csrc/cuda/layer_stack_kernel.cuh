@@ -166,6 +166,7 @@ template <Phase kPhase>
 __device__ inline void write(const Worker& w, const Piece& piece, const float (&sum)[28], const float (&by)[2][2], float inverse) {
     const Arguments& a = w.a;
     const int t = w.lane % 4, first_row = piece.row_tile * kRows;
+    const __half2 factor = gelu_factor(inverse);
     uint32_t out[14];
 #pragma unroll
     for (int j = 0; j < 7; ++j) {
@@ -177,7 +178,7 @@ __device__ inline void write(const Worker& w, const Piece& piece, const float (&
             if constexpr (kPhase == kQkv) {
                 out[2 * j + half] = pair(x, y);
             } else {
-                out[2 * j + half] = halves(gelu(x) * inverse, gelu(y) * inverse);
+                out[2 * j + half] = scaled_gelu(x, y, factor);
             }
         }
     }

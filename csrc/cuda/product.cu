@@ -13,11 +13,10 @@ struct Tiling {
     int stage, read, added;           // cycles of a stage's products, and of writing a tile, or adding it to the stream
     bool share_weights;
 
-    int64_t units(int64_t num_rows, int64_t num_columns) const {
-        const int64_t row_tiles = ceil_div<int64_t>(num_rows, rows), column_tiles = ceil_div<int64_t>(num_columns, columns);
-        return share_weights ? ceil_div<int64_t>(row_tiles, kCluster) * column_tiles
-                             : row_tiles * ceil_div<int64_t>(column_tiles, kCluster);
-    }
+    // Of tiles of a cluster, in rows and in columns.
+    int64_t row_groups(int64_t num_rows) const { return ceil_div<int64_t>(num_rows, rows * (share_weights ? kCluster : 1)); }
+    int64_t column_groups(int64_t num_columns) const { return ceil_div<int64_t>(num_columns, columns * (share_weights ? 1 : kCluster)); }
+    int64_t units(int64_t num_rows, int64_t num_columns) const { return row_groups(num_rows) * column_groups(num_columns); }
 
     // Cycles of the slowest block: its stages take as long as their products or as what is fetched for them, at about 32 bytes a
     // cycle.
@@ -38,7 +37,7 @@ Tiling tiling_of(int shape, bool share_weights) {
     return {shape, S::kRows, S::kColumns, S::kColumnGroups, stage, results * 4 / 25, results * 2 / 5, share_weights};
 }
 
-constexpr int kShapes = 3;
+constexpr int kShapes = 3, kBand = 11;
 
 Tiling tiling_of(int shape, bool share_weights) {
     switch (shape) {
@@ -100,6 +99,7 @@ void launch(Arguments a, const void* rows, const void* weights, const Sizes& siz
     a.steps = int(ceil_div<int64_t>(sizes.bytes(), kStageDepth));
     a.column_tiles = int(ceil_div<int64_t>(sizes.columns, tiling.columns));
     a.share_weights = tiling.share_weights, a.units = int(tiling.units(sizes.rows, sizes.columns));
+    a.row_groups = int(tiling.row_groups(sizes.rows)), a.column_groups = int(tiling.column_groups(sizes.columns)), a.band = kBand;
     const int clusters = processors(device) / kCluster;
     with_flag(sizes.low, [&](auto is_low) {
         switch (tiling.shape) {
@@ -118,26 +118,26 @@ int64_t moments_parts(int64_t rows, int64_t columns, int64_t depth, bool low, in
 }
 
 void read_stream(const void* stream, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
-                 const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias,
-                 const float* by_offset, const float* moments, int64_t parts, float eps, bool gelu, const float* out_scale,
-                 void* out, bool early, int device, cudaStream_t cuda_stream) {
+                 const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias, const float* moments,
+                 int64_t parts, float eps, bool gelu, const float* out_scale, void* out, bool early, int device,
+                 cudaStream_t cuda_stream) {
     const DeviceGuard guard(device);
     const Sizes sizes{rows, columns, depth, low};
     Arguments a{};
-    a.input_scale = stream_scale, a.weight_scale = weight_scale, a.by_one = by_one, a.bias = bias, a.by_offset = by_offset;
+    a.input_scale = stream_scale, a.weight_scale = weight_scale, a.by_one = by_one, a.bias = bias;
     a.moments = reinterpret_cast<const float2*>(moments), a.parts = int(parts), a.eps = eps, a.out = out, a.out_scale = out_scale;
     const auto chosen = gelu ? launch<kReadGelu> : launch<kRead>;
     chosen(a, stream, weights, sizes, sizes.tiling(kRead, device), early, device, cuda_stream);
 }
 
 void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
-                   const float* input_scale, const float* weight_scale, void* h, const float* offset, const float* stream_scale,
+                   const float* input_scale, const float* weight_scale, const float* bias, void* h, const float* stream_scale,
                    float* moments, uint8_t* stream, bool early, int device, cudaStream_t cuda_stream) {
     const DeviceGuard guard(device);
     const Sizes sizes{rows, columns, depth, low};
     Arguments a{};
-    a.input_scale = input_scale, a.weight_scale = weight_scale, a.h = static_cast<__nv_bfloat16*>(h);
-    a.offset = offset, a.stream_scale = stream_scale, a.new_moments = reinterpret_cast<float2*>(moments), a.stream = stream;
+    a.input_scale = input_scale, a.weight_scale = weight_scale, a.bias = bias, a.h = static_cast<__nv_bfloat16*>(h);
+    a.stream_scale = stream_scale, a.new_moments = reinterpret_cast<float2*>(moments), a.stream = stream;
     launch<kAdd>(a, x, weights, sizes, sizes.tiling(kAdd, device), early, device, cuda_stream);
 }
 

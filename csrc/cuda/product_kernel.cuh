@@ -33,47 +33,64 @@ struct Operand {
     }
 };
 
-// One thread. Weights do not depend on the kernel before this one, so the first of them are asked for before it ends.
+// One thread. Weights do not depend on the kernel before this one, so some are asked for before it ends: those of more stages would
+// only be in the way of the first rows.
+constexpr int kBegun = 2;
 template <bool kLow, class S>
 __device__ inline void fetch_all(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
     constexpr int kValues = kStageDepth / (kLow ? 1 : 2);
     Operand<S::kRows> rows{&a.rows, !a.share_weights, rank, 0};
     Operand<S::kColumns> weights{&a.weights, bool(a.share_weights), rank, 0};
-    RingPlace<S::kStages> place;
-    for (int unit = cluster; unit < a.units; unit += clusters) {
-        const Tile tile(a, unit, rank);
+    const auto begin = [&](RingPlace<S::kStages> place, int step) {
+        wait_for(s.empty(place.slot), place.parity ^ 1);
+        expect_bytes(s.full(place.slot), Shared<S>::kStageBytes);
+        weights.fetch(s.weights(place.slot), step * kValues, s.full(place.slot));
+    };
+    const auto move_to = [&](const Tile& tile) {
         rows.first_row = tile.row_tile * S::kRows, weights.first_row = tile.column_tile * S::kColumns;
-        for (int step = 0; step < a.steps; ++step) {
-            uint64_t* full = s.full(place.slot);
-            wait_for(s.empty(place.slot), place.parity ^ 1);
-            expect_bytes(full, Shared<S>::kStageBytes);
-            weights.fetch(s.weights(place.slot), step * kValues, full);
-            if (unit == cluster && step == 0) wait_for_inputs();
-            rows.fetch(s.rows(place.slot), step * kValues, full);
-            place.advance();
+    };
+    RingPlace<S::kStages> place, ahead;
+    move_to(Tile(a, cluster, rank));
+    const int begun = min(kBegun, a.steps);
+    for (int step = 0; step < begun; ++step, ahead.advance()) begin(ahead, step);
+    wait_for_inputs();
+    for (int unit = cluster; unit < a.units; unit += clusters) {
+        if (unit != cluster) move_to(Tile(a, unit, rank));
+        for (int step = 0; step < a.steps; ++step, place.advance()) {
+            if (unit != cluster || step >= begun) begin(place, step);
+            rows.fetch(s.rows(place.slot), step * kValues, s.full(place.slot));
         }
     }
+    // The other block arrives here until it has read what is shared.
+    for (int i = 0; i < S::kStages; ++i, place.advance()) wait_for(s.empty(place.slot), place.parity ^ 1);
 }
 
-// The rest of the last warpgroup: what the others need behind the product.
-template <Kind kKind, class S>
+// The rest of the last warpgroup: what the others need behind the product. Only the stream and its moments depend on the kernel
+// before this one.
+template <Kind kKind, bool kLow, class S>
 __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
     const int i = threadIdx.x - (S::kBlockThreads - kPreparers);
-    const float* const vectors[kVectors] = {kKind == kAdd ? a.offset : a.by_one, a.bias, a.by_offset};
-    wait_for_inputs();
-    const float scale = kKind != kAdd && a.weight_scale ? *a.input_scale * *a.weight_scale : 1;
+    const float* const vectors[kVectors] = {a.bias, a.by_one};
+    const float of_all = halved<kKind, kLow> ? 0.5f : 1, scale = kLow ? *a.input_scale * *a.weight_scale : of_all;
+    if (i == 0) {
+        s.factors()[0] = scale;
+        if (kKind == kAdd) s.factors()[1] = a.stream ? 1 / *a.stream_scale : 1;
+        if (kKind == kReadGelu) s.factors()[1] = a.out_scale ? 1 / *a.out_scale : 0;
+    }
     uint32_t parity = 0;
     for (int unit = cluster; unit < a.units; unit += clusters, parity ^= 1) {
         const Tile tile(a, unit, rank);
         const int first_row = tile.row_tile * S::kRows, first_column = tile.column_tile * S::kColumns;
         wait_for(s.used(), parity ^ 1);
-        for (int which = 0; which < kVectors; ++which)
+        for (int which = 0; which < (kKind == kAdd ? 1 : kVectors); ++which)
             for (int column = i; column < S::kColumns; column += kPreparers)
-                s.vector(which)[column] =
-                    vectors[which] && first_column + column < a.num_columns ? __ldg(vectors[which] + first_column + column) : 0;
+                s.vector(which)[column] = first_column + column < a.num_columns
+                                              ? __ldg(vectors[which] + first_column + column) * (which == 0 ? of_all : 1)
+                                              : 0;
+        if (unit == cluster) wait_for_inputs();
         if constexpr (kKind == kAdd) {
-            // The stream, so that it is near when all blocks at once add to it.
-            const int columns = min(S::kColumns, a.num_columns - first_column);
+            // The stream, so that it is near when all blocks at once add to it, if threads do not ask for all of it themselves.
+            const int columns = Part<S>::kUnits > S::kAhead ? min(S::kColumns, a.num_columns - first_column) : 0;
             for (int row = first_row + i; columns > 0 && row < min(first_row + S::kRows, a.num_rows); row += kPreparers)
                 prefetch_bulk(a.h + int64_t(row) * a.num_columns + first_column, uint32_t(2 * columns));
         } else {
@@ -86,7 +103,7 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
                     }
                 const float mean = sum / a.depth, variance = squares / a.depth - mean * mean;
                 const float r = rsqrtf(fmaxf(variance, 0) + a.eps);
-                s.scales()[row] = make_float2(r * scale, -mean * r);
+                s.scales()[row] = make_float2(r * scale, -mean * r * of_all);
             }
         }
         __syncwarp();
@@ -154,7 +171,7 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(S::kBlockThr
         init_barrier(s.prepared(), kPreparers / 32), init_barrier(s.used(), S::kGroups * 4);
         publish_barriers();
     }
-    sync_cluster();
+    meet_cluster();
     let_next_start();
     if (group < S::kGroups) {
         take_registers<S::kRegisters>();
@@ -164,10 +181,8 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(S::kBlockThr
         if (threadIdx.x % kGroup == 0)
             fetch_all<kLow>(a, s, rank, cluster, clusters);
         else if (threadIdx.x % kGroup >= 32)
-            prepare<kKind>(a, s, rank, cluster, clusters);
+            prepare<kKind, kLow>(a, s, rank, cluster, clusters);
     }
-    __syncwarp();
-    sync_cluster();  // nobody leaves while the other block may reach into its memory
 }
 
 }  // namespace bldm::cuda::products

@@ -52,6 +52,9 @@ __device__ __forceinline__ void store_if(bool there, void* to, uint2 x) {
                  : "memory");
 }
 
+// Sums that are computed before what follows, and not at the end, with all that they are of in registers that a kernel has not got.
+__device__ __forceinline__ void added_up_here(float (&sums)[2]) { asm volatile("" : "+f"(sums[0]), "+f"(sums[1])); }
+
 // From shared memory each time that it is called: the compiler might keep what it has loaded before, in registers that a kernel
 // has not got.
 __device__ __forceinline__ float4 load_four_again(const float* from) {
@@ -84,12 +87,6 @@ __device__ __forceinline__ void sync_part(int barrier) {
 __device__ __forceinline__ float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ __half2 tanh_fast(__half2 x) {
-    __half2 y;
-    asm("tanh.approx.f16x2 %0, %1;" : "=r"(reinterpret_cast<uint32_t&>(y)) : "r"(reinterpret_cast<const uint32_t&>(x)));
     return y;
 }
 

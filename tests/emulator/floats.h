@@ -42,9 +42,6 @@ inline __half2 __float2half2_rn(float x) { return __floats2half2_rn(x, x); }
 inline __half2 __hmul2(__half2 x, __half2 y) {
     return __floats2half2_rn(from_half(x.x) * from_half(y.x), from_half(x.y) * from_half(y.y));
 }
-inline __half2 __hmax2(__half2 x, __half2 y) {
-    return __floats2half2_rn(std::fmax(from_half(x.x), from_half(y.x)), std::fmax(from_half(x.y), from_half(y.y)));
-}
 inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
     const auto of = [](uint16_t x, uint16_t y, uint16_t z) {
         return same_bits<uint16_t>(_Float16(double(from_half(x)) * from_half(y) + from_half(z)));

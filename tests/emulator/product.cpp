@@ -33,12 +33,12 @@ void (*chosen(int kind, bool low))(Arguments) {
 // As in the tests.
 struct Launch {
     const void *rows, *weights;
-    const float *input_scale, *weight_scale, *by_one, *bias, *by_offset, *moments, *out_scale, *offset, *stream_scale;
+    const float *input_scale, *weight_scale, *by_one, *bias, *moments, *out_scale, *stream_scale;
     void *out, *h;
     float* new_moments;
     uint8_t* stream;
     long num_rows, num_columns, depth, parts;
-    int kind, low, shape, share_weights, clusters;  // as many at most
+    int kind, low, shape, share_weights, clusters, band;  // clusters: as many at most
     unsigned seed;
     float eps;
 };
@@ -63,12 +63,13 @@ extern "C" const char* run(const Launch* launch) {
         a.weights = {l.weights, {int(l.depth), int(l.num_columns), 1}, part_of(S::kColumns, l.share_weights), bytes};
         a.num_rows = int(l.num_rows), a.num_columns = int(l.num_columns), a.steps = ceil_div(l.depth * bytes, kStageDepth);
         a.column_tiles = column_tiles, a.share_weights = l.share_weights;
-        a.units = l.share_weights ? ceil_div(row_tiles, kCluster) * column_tiles
-                                  : row_tiles * ceil_div(column_tiles, kCluster);
+        a.row_groups = l.share_weights ? ceil_div(row_tiles, kCluster) : row_tiles;
+        a.column_groups = l.share_weights ? column_tiles : ceil_div(column_tiles, kCluster);
+        a.units = a.row_groups * a.column_groups, a.band = l.band;
         a.input_scale = l.input_scale, a.weight_scale = l.weight_scale;
-        a.by_one = l.by_one, a.bias = l.bias, a.by_offset = l.by_offset, a.moments = reinterpret_cast<const float2*>(l.moments);
+        a.by_one = l.by_one, a.bias = l.bias, a.moments = reinterpret_cast<const float2*>(l.moments);
         a.parts = int(l.parts), a.depth = int(l.depth), a.eps = l.eps, a.out = l.out, a.out_scale = l.out_scale;
-        a.h = static_cast<__nv_bfloat16*>(l.h), a.offset = l.offset, a.stream_scale = l.stream_scale;
+        a.h = static_cast<__nv_bfloat16*>(l.h), a.stream_scale = l.stream_scale;
         a.new_moments = reinterpret_cast<float2*>(l.new_moments), a.stream = l.stream;
         const auto kernel = chosen<S>(l.kind, l.low);
         const int grid = kCluster * std::min(a.units, l.clusters);

@@ -44,12 +44,12 @@ class Stage(NamedTuple):
 
 class LinkedStream:
     """The stream h (M, W). Whoever adds to it leaves what the reader of the next stage needs; behind the last one is the head,
-    which reads h itself."""
+    which reads h itself. It has every bias from the product that it belongs to: those it came with are taken off first."""
 
     def __init__(self, h: Tensor, stages: Sequence[Stage], pdl: bool):
         self.pdl, self._ahead = pdl, iter(stages)
         self._stage = next(self._ahead)
-        self._stream = kernels.enter(h, self._stage.reader, pdl=pdl)
+        self._stream = kernels.enter(h, self._stage.reader, self._stage.reads.offset, pdl=pdl)
 
     def read(self, product: Product, *, gelu: bool = False, reader: Product | None = None) -> Tensor:
         assert product is self._stage.reads
@@ -116,5 +116,5 @@ class StreamKernels:
 
 
 def _laid_out(reads: Product, adds: Product) -> Stage:
-    reader = kernels.prepare_reader(reads.weights, reads.offset, reads.eps, reads.stream_scale)
+    reader = kernels.prepare_reader(reads.weights, reads.eps, reads.stream_scale)
     return Stage(reads, adds, reader, kernels.prepare_adder(adds.weights))

@@ -103,6 +103,7 @@ inline uint32_t cluster_rank() { return machine.rank(); }
 template <int kThreads>
 void sync_threads() { emulator::meet(machine.block(), kThreads); }
 inline void sync_cluster() { emulator::meet(machine.clusters[machine.current->block / machine.cluster], machine.threads * machine.cluster); }
+inline void meet_cluster() { sync_cluster(); }
 inline void fence_async_global() {}
 inline void fence_async_shared() {}
 inline void signal(uint32_t* counter) { ++*counter, ++machine.progress; }
@@ -112,6 +113,11 @@ inline void wait_for_count(const uint32_t* counter, uint32_t count) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float tanh_fast(float x) { return std::tanh(x); }
+inline __half2 tanh_fast(__half2 x) { return __floats2half2_rn(std::tanh(from_half(x.x)), std::tanh(from_half(x.y))); }
+inline __half2 finite_halves(float x, float y) {
+    const auto of = [](float x) { return std::isnan(x) ? x : std::clamp(x, -65504.f, 65504.f); };
+    return __floats2half2_rn(of(x), of(y));
+}
 inline float load_early(const float* from) { return *from; }
 inline float4 load_four_early(const float* from) { return {from[0], from[1], from[2], from[3]}; }
 inline float4 load_four_shared(const void* from) { return *static_cast<const float4*>(from); }

@@ -64,9 +64,9 @@ void store_if(bool there, void* to, Words x) {
     emulator::expect(!there || uint64_t(to) % sizeof(x) == 0, "a store at no multiple of its size");
     if (there) *static_cast<Words*>(to) = x;
 }
+inline void added_up_here(float (&)[2]) {}
 inline float4 load_four_again(const float* from) { return load_four(shared_address(from)); }
 inline float log2_fast(float x) { return std::log2(x); }
-inline __half2 tanh_fast(__half2 x) { return __floats2half2_rn(std::tanh(from_half(x.x)), std::tanh(from_half(x.y))); }
 inline uint32_t bfloat16_pair(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
 inline uint16_t e4m3_pair(float low, float high) { return uint16_t(to_e4m3(low) | to_e4m3(high) << 8); }
 
