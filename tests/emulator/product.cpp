@@ -38,7 +38,7 @@ struct Launch {
     float* new_moments;
     uint8_t* stream;
     long num_rows, num_columns, depth, parts;
-    int kind, low, shape, share_weights, clusters, band;  // clusters: as many at most
+    int kind, low, shape, share_weights, clusters, rows_first;  // clusters: as many at most
     unsigned seed;
     float eps;
 };
@@ -65,7 +65,7 @@ extern "C" const char* run(const Launch* launch) {
         a.column_tiles = column_tiles, a.share_weights = l.share_weights;
         a.row_groups = l.share_weights ? ceil_div(row_tiles, kCluster) : row_tiles;
         a.column_groups = l.share_weights ? column_tiles : ceil_div(column_tiles, kCluster);
-        a.units = a.row_groups * a.column_groups, a.band = l.band;
+        a.units = a.row_groups * a.column_groups, a.rows_first = l.rows_first;
         a.input_scale = l.input_scale, a.weight_scale = l.weight_scale;
         a.by_one = l.by_one, a.bias = l.bias, a.moments = reinterpret_cast<const float2*>(l.moments);
         a.parts = int(l.parts), a.depth = int(l.depth), a.eps = l.eps, a.out = l.out, a.out_scale = l.out_scale;
