@@ -20,8 +20,8 @@ from . import norm, product
 from .attention import E4M3, check_scale, to_e4m3
 from .product import Weights, dequantized
 
-# From so many rows on they are faster than a norm and its product, in bfloat16 and in e4m3: a step of 771 rows takes 1.18 and 0.96
-# times as long as with norms, of 1,028 rows 1.14 and 0.92, of 1,542 rows 1.04 and 0.88 times, of 2,056 rows less
+# From so many rows on they are faster than a norm and its product, in bfloat16 and in e4m3: a step of 771 rows takes 1.18 and
+# 0.96 times as long as with norms, of 1,028 rows 1.14 and 0.92, of 1,542 rows 1.04 and 0.88 times
 # (benchmarks/results/engine_parts_nvidia_h200.txt).
 MANY_ROWS, MANY_LOW_ROWS = 2048, 768
 COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are in an order of their own within so many

@@ -162,15 +162,18 @@ def head_step(
     store_kept(out + offset, x, there, keep_mask, keep_bits, mask_stride, bits_stride, sample, byte)
 
 
+# Up to how many rows: rows, channels and k of a program.
+TILES = ((512, 16, 16, 128), (1024, 16, 32, 128), (4096, 32, 32, 64), (2**62, 32, 64, 64))
+
+
 def _tiles(num_rows: int, num_bits: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile: small ones where there are few rows, so that the whole GPU takes part.
 
     Never 64 rows: their product would run asynchronously, and Triton 3.6 would load the next tile of h over the one it still
     reads, since a tile that is also read into registers, here for its mean and variance, gets one buffer too few.
     """
-    most = 16 if num_rows <= 1024 else 64
+    block_m, most, block_k = next(tile for rows, *tile in TILES if num_rows <= rows)
     block_c = min(max(next_power_of_2(num_bits), 16), most)
-    block_m, block_k = (16, 128) if num_rows <= 4096 else (32, 64)
     grid = (ceil_div(num_rows, block_m), ceil_div(num_bits, block_c))
     tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k, "STEPS": ceil_div(width, block_k)}
     return grid, tile | {"num_warps": 4, "num_stages": 4}
