@@ -102,7 +102,8 @@ void launch(Arguments a, const void* rows, const void* weights, const Sizes& siz
     a.share_weights = tiling.share_weights, a.units = int(tiling.units(sizes.rows, sizes.columns));
     a.row_groups = int(tiling.row_groups(sizes.rows)), a.column_groups = int(tiling.column_groups(sizes.columns));
     const int clusters = processors(device) / kCluster;
-    // Where all are had at once, they come from the cache up to 15% faster so; and if not, with a little less electrical power so.
+    // In a single wave, neighbours with the same weights come from the cache up to 15% faster than those with the same rows; in
+    // several, neighbours with the same rows take a little less electrical power.
     a.rows_first = a.units <= clusters;
     with_flag(sizes.low, [&](auto is_low) {
         switch (tiling.shape) {
