@@ -1,12 +1,13 @@
 """The engines against the paper's code: the churches configuration (256 px, 64 bits a position, 24 x 768), random weights.
 
     python benchmarks/engine.py [--parts engine,shipped,compiled,images,...] [--batches 1,8,64] [--curves batch,bits,grid,steps]
+                                [--commit hash]
 
 Parts: `engine`, `shipped`, `compiled` are milliseconds a sampling step (of the engines; of the paper's code as it is, and with
 its denoiser in bf16 under torch.compile); `images`, `images-shipped` and `images-compiled` whole calls, 16 steps and decoding;
 `curves` the cost of the engines as the work grows. Engines are first held against the float32 model. Times are of whole calls,
-host to host: the median of several. Writes benchmarks/results/engine_<device>.json after every row; parts that a run leaves out
-keep their earlier numbers.
+host to host: the median of several. Writes benchmarks/results/engine_<device>.json after every row, with date and commit; parts
+that a run leaves out keep their earlier numbers.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from accelerate import STEPS, median_ms, rounded
 from accelerate_models import PaperDenoiser, PaperSampler
 from autoencoder import PAPER as AUTOENCODER
+from bldm.bench.run import commit as current_commit
 from torch import Tensor, nn
 
 import bldm_kernels as bk
@@ -177,21 +179,22 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join([*STEP_PARTS, *IMAGE_PARTS, "curves"]))
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--curves", default=",".join(CURVES))
+    parser.add_argument("--commit", help="of this source, where it is no git checkout")
     arguments = parser.parse_args()
     batches = [int(size) for size in arguments.batches.split(",")]
     device = re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower()
     path = Path(__file__).parent / "results" / f"engine_{device}.json"
     results: Row = json.loads(path.read_text()) if path.exists() else {}
+    commit, date = arguments.commit or current_commit(), datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
     def note(*keys: str, row: Row) -> None:
         place = results
         for key in keys[:-1]:
             place = place.setdefault(key, {})
-        place[keys[-1]] = rounded(row)
+        place[keys[-1]] = rounded(row) | {"date": date, "commit": commit}
         results["machine"] = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "command": "python benchmarks/engine.py",
             "bldm": bldm.__version__,
             "setting": f"{STEPS} steps where nothing else is said; curves otherwise at {STANDARD}, over the grid at batch 8",

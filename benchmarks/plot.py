@@ -134,7 +134,8 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
         axis.grid(True, color="#eeeeee")
     axes[0].legend(frameon=False)
     machine = results["machine"]
-    figure.supxlabel(f"{machine['device']}, torch {machine['torch']}, {machine['date']}", fontsize=8, color="#666666")
+    dates = sorted({row["date"] for curve in results["curves"].values() for rows in curve.values() for row in rows.values()})
+    figure.supxlabel(f"{machine['device']}, torch {machine['torch']}, {', '.join(dates)}", fontsize=8, color="#666666")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
