@@ -184,7 +184,7 @@ def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tenso
         reader: see `prepare_reader`.
         gelu: apply GELU, in the kernel as in `product`.
         out_scale: one-element float32 tensor: write e4m3, the result divided by it; behind GELU in e4m3, where it must be there.
-        pdl: as in `attention`.
+        pdl: as in `attention`, but the tensors of the layers are read at once: the kernel before this one may not write them.
 
     Returns: (M, N) in e4m3 with out_scale, else in the dtype of h.
 
@@ -228,7 +228,7 @@ def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = Non
         weights: see `prepare_adder`.
         stream: its h (M, N) is changed, and its `low`, if it has one, is written anew.
         reader: who reads it next; None: nobody that needs more than h.
-        pdl: as in `attention`.
+        pdl: as in `attention`, but the tensors of the layers are read at once: the kernel before this one may not write them.
 
     Returns: the stream as that reader needs it.
 
