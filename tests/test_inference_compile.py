@@ -46,9 +46,10 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield product.product, (low(rows, 3072).to(e4m3), small, False, False, h, h, None, rows == 257)
     sums, vector = torch.zeros(257, 1, 2), torch.zeros(768)
     for scale in (None, one):
-        reader = Reader(low(2304, 768), vector, vector, None, vector, scale, scale, 1e-5)
+        reader = Reader(low(2304, 768), vector, vector, scale, scale, 1e-5)
         h = low(257, 768)
-        yield stream.enter, (Stream(h, sums, None if scale is None else h.to(e4m3)), reader, scale is None)
+        offset = None if scale is None else vector
+        yield stream.enter, (Stream(h, sums, None if scale is None else h.to(e4m3)), reader, offset, scale is None)
     number, byte = torch.zeros(1, dtype=torch.int64), torch.uint8
     for special in (False, True):
         for batch, tokens, heads, dim in (
@@ -65,7 +66,7 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
             tokens = [low(1, 768), *([low(batch, 768)] if special else [])]
             packed, out = torch.zeros(batch, 256, 8, dtype=byte), low(batch, 256 + len(tokens), 768)
             yield embed.embed_tokens, (packed, low(64, 768), torch.zeros(256, 768), tokens, out, special)
-        for batch, num_bits in ((1, 64), (8, 64), (64, 64), (64, 12)):
+        for batch, num_bits in ((1, 64), (4, 64), (8, 64), (64, 64), (64, 12)):
             h, sums, x = low((1 + special) * batch, 257, 768), torch.zeros(num_bits), torch.zeros(batch, 256, -(-num_bits // 8))
             fixed, x = (h, low(num_bits, 768), sums, sums, 1e-5), x.to(byte)
             yield head.logits, (*fixed, 256, special, torch.zeros(len(h), 256, num_bits))
