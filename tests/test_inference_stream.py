@@ -238,6 +238,7 @@ def test_errors_name_the_argument() -> None:
         "out_scale: expected one behind GELU": lambda: read(stream, reader, out_scale=one(1.0)),
         "out_scale: expected one behind": lambda: read(enter(x, low), low, gelu=True),
         "out_scale: expected one element": lambda: read(enter(x, low), low, gelu=True, out_scale=torch.ones(2, device=DEVICE)),
+        "weights.bias: expected dtype float32": lambda: add(x, weights, Stream(inputs(6, 64))),
         r"x: expected a contiguous \(M, 48\)": lambda: add(inputs(6, 32), adder, Stream(inputs(6, 64))),
         r"h: expected a contiguous \(6, 64\)": lambda: add(x, adder, Stream(inputs(5, 64))),
         r"reader: expected one of h \(6, 64\)": lambda: add(x, adder, Stream(inputs(6, 64)), reader),

@@ -238,6 +238,7 @@ def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = Non
     product.check_input(x, weights)
     checks.floating("h", h)
     product.check_sum(h, x, weights)
+    checks.tensor("weights.bias", weights.bias, (_exact(h),))  # as it is before `prepare_adder`, a kernel would misread it
     if reader is not None:
         _check_reader(reader, "h", h)
         if reader.low != (x.dtype == E4M3):

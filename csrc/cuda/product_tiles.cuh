@@ -18,13 +18,12 @@ enum Kind { kRead, kReadGelu, kAdd };
 template <Kind kKind, bool kLow>
 constexpr bool halved = kKind == kReadGelu && !kLow;
 
-
 struct Arguments {
     TensorMap rows, weights;           // boxes of a tile, or of a block's share of it
     int num_rows, num_columns, steps;  // steps of k
     int column_tiles, share_weights;
     int row_groups, column_groups, rows_first;  // of tiles, of which a cluster has one at a time, and their order
-    const float *input_scale, *weight_scale;  // of e4m3
+    const float *input_scale, *weight_scale;    // of e4m3
     const float* bias;
     // Read: of the columns W 1; of the rows their moments, in parts
     const float* by_one;
@@ -155,7 +154,9 @@ struct Part {
         __device__ uint8_t* in(T* tensor, int r, int bytes) const {
             return reinterpret_cast<uint8_t*>(tensor) + (offset + (r ? below : 0)) * bytes;
         }
-        __device__ bool there(const Part& part, int of_32, int r) const { return row + 8 * r < part.a.num_rows && 32 * of_32 < columns; }
+        __device__ bool there(const Part& part, int of_32, int r) const {
+            return row + 8 * r < part.a.num_rows && 32 * of_32 < columns;
+        }
     };
 
     // Four sums, of half of its columns of 32.
@@ -197,16 +198,19 @@ struct Part {
                     }
                 }
 #pragma unroll
-                for (int r = 0; r < 2; ++r)
+                for (int r = 0; r < 2; ++r) {
+                    const bool there = place.there(*this, of_32, r);
                     if constexpr (kToLow)
-                        store_if(place.there(*this, of_32, r), to[r] + 32 * of_32, make_uint2(out[r][0], out[r][1]));
+                        store_if(there, to[r] + 32 * of_32, make_uint2(out[r][0], out[r][1]));
                     else
-                        store_if(place.there(*this, of_32, r), to[r] + 64 * of_32, make_uint4(out[r][0], out[r][1], out[r][2], out[r][3]));
+                        store_if(there, to[r] + 64 * of_32, make_uint4(out[r][0], out[r][1], out[r][2], out[r][3]));
+                }
             }
         }
     }
 
-    // The stream where the unit's sums will be added to it; a group of copies for every unit, so that they can be waited for by count.
+    // The stream where the unit's sums will be added to it; a group of copies for every unit, so that they can be waited for by
+    // count.
     __device__ __forceinline__ void ask_for(int unit) const {
         const int of_32 = unit % (S::kWidth / 32);
         if (unit < kUnits) {
@@ -253,9 +257,11 @@ struct Part {
                         if constexpr (kLow) copy[half] = e4m3_of(y[0] * inverse, y[1] * inverse, y[2] * inverse, y[3] * inverse);
                     }
                     added_up_here(moments[r]);
-                    store_if(place.there(*this, of_32, r), place.in(a.h, r, 2) + 64 * of_32, make_uint4(words[0], words[1], words[2], words[3]));
+                    store_if(place.there(*this, of_32, r), place.in(a.h, r, 2) + 64 * of_32,
+                             make_uint4(words[0], words[1], words[2], words[3]));
                     if constexpr (kLow)
-                        store_if(copies && place.there(*this, of_32, r), place.in(a.stream, r, 1) + 32 * of_32, make_uint2(copy[0], copy[1]));
+                        store_if(copies && place.there(*this, of_32, r), place.in(a.stream, r, 1) + 32 * of_32,
+                                 make_uint2(copy[0], copy[1]));
                 }
                 ask_for(unit + S::kAhead);
             }
