@@ -39,7 +39,6 @@ def read_stream(
     depth: int,
     stream_scale_ptr: int,
     weight_scale_ptr: int,
-    by_one_ptr: int,
     bias_ptr: int,
     moments_ptr: int,
     parts: int,
@@ -53,8 +52,7 @@ def read_stream(
 ) -> None:
     dtype, vector = E4M3 if low else torch.bfloat16, (torch.float32, columns)
     scales = (at(address, torch.float32, 1) for address in (stream_scale_ptr, weight_scale_ptr))
-    behind = (there(by_one_ptr, *vector), there(bias_ptr, *vector))
-    reader = Reader(there(weight_ptr, dtype, columns, depth), *behind, *scales, eps)
+    reader = Reader(there(weight_ptr, dtype, columns, depth), there(bias_ptr, *vector), *scales, eps)
     x, moments = there(stream_ptr, dtype, rows, depth), there(moments_ptr, torch.float32, rows, parts, 2)
     assert low == (stream_scale_ptr != 0) and (out_scale_ptr != 0) == (gelu and low)
     y = plain_read(Stream(x.bfloat16(), moments, x if low else None), reader, gelu)
@@ -90,7 +88,7 @@ def add_to_stream(
     assert (stream_scale is None) == (stream_ptr == 0) and (moments_ptr != 0 or stream_scale is None)
     if moments_ptr:
         nothing = torch.zeros(0)
-        left = plain_enter(added, Reader(nothing, nothing, nothing, stream_scale, None, 0.0))
+        left = plain_enter(added, Reader(nothing, nothing, stream_scale, None, 0.0))
         assert left.moments is not None
         moments = there(moments_ptr, torch.float32, rows, PARTS, 2)
         moments.zero_()[:, :1] = left.moments

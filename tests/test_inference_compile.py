@@ -46,7 +46,7 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield product.product, (low(rows, 3072).to(e4m3), small, False, False, h, h, None, rows == 257)
     sums, vector = torch.zeros(257, 1, 2), torch.zeros(768)
     for scale in (None, one):
-        reader = Reader(low(2304, 768), vector, vector, scale, scale, 1e-5)
+        reader = Reader(low(2304, 768), vector, scale, scale, 1e-5)
         h = low(257, 768)
         offset = None if scale is None else vector
         yield stream.enter, (Stream(h, sums, None if scale is None else h.to(e4m3)), reader, offset, scale is None)

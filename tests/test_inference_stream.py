@@ -93,7 +93,7 @@ def test_the_plain_form_is_the_modules(gelu: bool) -> None:
     weights = prepare(linear, torch.float64, gamma=gamma)
     x, later = (
         inputs(9, 40, torch.float64),
-        prepare_reader(prepare(nn.Linear(64, 32, device=DEVICE), torch.float64), EPS),
+        prepare_reader(prepare(nn.Linear(64, 32), torch.float64, norm=nn.LayerNorm(64)), EPS),
     )
     before = torch.randn(9, 64, dtype=torch.float64, device=DEVICE)
     left = add(x, prepare_adder(weights), Stream(before.clone()), later)
@@ -221,6 +221,7 @@ def test_errors_name_the_argument() -> None:
     stream = enter(x, reader)
     wrong: dict[str, Any] = {
         "weight: expected rows in multiples of 32": lambda: reorder(torch.zeros(40, 8)),
+        "weights: expected rows that add up to 0": lambda: prepare_reader(prepare(linear, torch.bfloat16), EPS),
         "stream_scale: expected one for weights in e4m3 only": lambda: prepare_reader(weights, EPS, one(1.0)),
         r"h: expected a contiguous \(M, W\)": lambda: enter(x[None], reader),
         "h: expected dtype": lambda: enter(x.int(), reader),

@@ -15,7 +15,7 @@ from .. import checks, dispatch
 from ..backends.native import load_part
 from .attention import E4M3, attention, to_e4m3
 from .product import Weights, add_product
-from .stream import behind_product, plain_enter, plain_read, prepare_reader
+from .stream import plain_enter, plain_read, prepare_reader
 
 WIDTH, HEADS, HIDDEN = 768, 12, 3072
 COLUMNS, DEPTH = 128, 128  # of a stage of weights
@@ -107,7 +107,7 @@ class LayerStack:
         self.eps, self.num_layers = eps, len(layers)
         device = layers[0].qkv.weight.device
         self.weights = torch.empty(self.num_layers, sum(n * k for n, k in SHAPES), dtype=torch.uint8, device=device)
-        self.vectors = torch.empty(self.num_layers, 2 * WIDTH + 2 * (3 * WIDTH + HIDDEN) + 8, device=device)
+        self.vectors = torch.empty(self.num_layers, 2 * WIDTH + 3 * WIDTH + HIDDEN + 8, device=device)
         self._scratch: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self.fill(layers)
 
@@ -115,8 +115,8 @@ class LayerStack:
         """Take over the weights of as many layers, in place."""
         for layer, weights, vectors in zip(layers, self.weights, self.vectors, strict=True):
             torch.cat([tiles(product.weight.view(torch.uint8)).flatten() for product in layer[:4]], out=weights)
-            behind = (*behind_product(layer.qkv), *behind_product(layer.up))
-            torch.cat([layer.qkv_offset, layer.up_offset, *behind, scalars(layer)], out=vectors)
+            of_columns = (layer.qkv_offset, layer.up_offset, layer.qkv.bias.float(), layer.up.bias.float())
+            torch.cat([*of_columns, scalars(layer)], out=vectors)
 
     def __call__(self, h: Tensor, batch: int, *, times: Tensor | None = None) -> Tensor:
         """Change h in place. The first call of a shape may not be inside a capture.

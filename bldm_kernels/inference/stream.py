@@ -1,6 +1,6 @@
 """The products of a transformer's layers with the residual stream, which leave no LayerNorm a pass of its own.
 
-    LayerNorm(h) W^T + b = r (h W^T - m W 1) + b        m, r: mean and reciprocal deviation of the rows of the stream h
+    LayerNorm(h) W^T + b = r h W^T + b        r: reciprocal deviation of the rows of the stream h; the rows of W add up to 0
 
 So `read` takes the stream as it is, and has its norm behind the product. What it needs of the rows, their moments and for
 products in e4m3 the rows in e4m3, is left by whoever wrote them: `add`, or `enter` for the first reader.
@@ -24,6 +24,7 @@ from .product import Weights, dequantized
 # 0.96 times as long as with norms, of 1,028 rows 1.14 and 0.92, of 1,542 rows 1.04 and 0.88 times
 # (benchmarks/results/engine_parts_nvidia_h200.txt).
 MANY_ROWS, MANY_LOW_ROWS = 2048, 768
+MOST_SUM = 2**-6  # of a row of weights behind a norm, for its length
 COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are in an order of their own within so many
 
 
@@ -42,12 +43,11 @@ class Stream(NamedTuple):
 class Reader(NamedTuple):
     """A layer that reads the stream behind its norm, made by `prepare_reader`.
 
-    weight (N, K): rows as `reorder` has them; by_one, bias (N,) in float32: W 1, b; input_scale, weight_scale: for e4m3, of the
-    stream and of the weights.
+    weight (N, K): rows as `reorder` has them; bias (N,) in float32; input_scale, weight_scale: for e4m3, of the stream and of
+    the weights.
     """
 
     weight: Tensor
-    by_one: Tensor
     bias: Tensor
     input_scale: Tensor | None
     weight_scale: Tensor | None
@@ -69,19 +69,17 @@ def prepare_reader(weights: Weights, eps: float, stream_scale: Tensor | None = N
 
     Raises: TypeError, ValueError for a wrong argument.
     """
+    whole = dequantized(weights)
+    if (whole.sum(1).abs() > MOST_SUM * whole.norm(dim=1)).any():
+        raise ValueError("weights: expected rows that add up to 0, as those of `product.prepare` with a norm do")
     if (stream_scale is None) == (weights.weight.dtype == E4M3):
         raise ValueError(f"stream_scale: expected one for weights in e4m3 only, got {stream_scale} for {weights.weight.dtype}")
-    return Reader(reorder(weights.weight), *behind_product(weights), stream_scale, weights.weight_scale, eps)
+    return Reader(reorder(weights.weight), weights.bias.float(), stream_scale, weights.weight_scale, eps)
 
 
 def prepare_adder(weights: Weights) -> Weights:
     """A layer for `add`: its weight in another copy, as `reorder` has it, and its bias in float32 (of float64 in float64)."""
     return weights._replace(weight=reorder(weights.weight), bias=weights.bias.to(_exact(weights.bias)))
-
-
-def behind_product(weights: Weights) -> tuple[Tensor, Tensor]:
-    """W 1 and the bias, float32 (N,): what a product needs whose norm stands behind it."""
-    return dequantized(weights).sum(1).float(), weights.bias.float()
 
 
 def reorder(weight: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ def plain_read(stream: Stream, reader: Reader, gelu: bool = False) -> Tensor:
     assert stream.moments is not None
     mean, squares = (stream.moments.to(exact).sum(1) / stream.h.shape[1]).split(1, dim=1)
     r = ((squares - mean**2).clamp(min=0) + reader.eps).rsqrt()
-    y = r * (y - mean * reader.by_one) + reader.bias
+    y = r * y + reader.bias
     return F.gelu(y) if gelu else y
 
 
@@ -212,7 +210,7 @@ def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tenso
         *_addresses(low if reader.low else h, reader.weight),
         reader.low,
         *(len(h), len(reader.weight), h.shape[1]),
-        *_addresses(reader.input_scale, reader.weight_scale, reader.by_one, reader.bias, moments),
+        *_addresses(reader.input_scale, reader.weight_scale, reader.bias, moments),
         *(moments.shape[1], reader.eps, gelu),
         *_addresses(out_scale, out),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),

@@ -51,9 +51,9 @@ __constant__ Product kProducts[kPhases] = {{3 * kTiles, false, false, 0},
                                            {kHidden / kColumns, false, false, 4 * kSquare},
                                            {kTiles, true, false, 8 * kSquare}};
 
-// float32 values of a layer: the offsets of qkv and of the MLP's first product; of each, W 1 and the bias; and scalars.
-constexpr int kUpOffset = kWidth, kQkvVectors = 2 * kWidth, kUpVectors = kQkvVectors + 2 * 3 * kWidth,
-              kScalars = kUpVectors + 2 * kHidden, kVectors = kScalars + 8;
+// float32 values of a layer: the offsets of qkv and of the MLP's first product, their biases, and scalars.
+constexpr int kUpOffset = kWidth, kQkvBias = 2 * kWidth, kUpBias = kQkvBias + 3 * kWidth, kScalars = kUpBias + kHidden,
+              kVectors = kScalars + 8;
 // What e4m3 values are multiplied by when they are written, and what the products of them are.
 enum Scalar { kToStream, kToStreamOfUp, kOfQkv, kOfProj, kOfUp, kOfDown, kToMixed, kToInner };
 
@@ -121,8 +121,8 @@ struct Shared {
     uint8_t* ring;  // of stages of weights
 
     __device__ uint8_t* slab() const { return ring + kRing * kStageBytes; }
-    // of rows: r times the product's scale, -m r
-    __device__ float2* scales() const { return reinterpret_cast<float2*>(slab() + kSlabBytes); }
+    // of rows: r times the product's scale
+    __device__ float* scales() const { return reinterpret_cast<float*>(slab() + kSlabBytes); }
     // A stage of weights is there, or may be written; rows of a block of k are, their scales are; the sums of the
     // other blocks of the cluster are; all its blocks need their slabs no more.
     __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(scales() + kRows) + slot; }
@@ -134,7 +134,7 @@ struct Shared {
 };
 
 constexpr int kBarriers = 2 * kRing + kBlocks + 3;
-constexpr int kSharedBytes = 1024 + kRing * kStageBytes + kSlabBytes + kRows * 8 + kBarriers * 8;
+constexpr int kSharedBytes = 1024 + kRing * kStageBytes + kSlabBytes + kRows * 4 + kBarriers * 8;
 
 // Where the 16-byte chunk of a row is, in a tile of rows.
 __device__ __forceinline__ uint32_t chunk_of_row(int row, int chunk) {

@@ -116,13 +116,13 @@ struct Fetcher {
         if (lane == 0) arrive(s.scaled());
     }
 
-    // r times the scale of the product, and -m r, of a row's moments.
-    __device__ float2 scale_of(const float4 (&moments)[kParts / 2], float of_product) const {
+    // r times the scale of the product, of a row's moments.
+    __device__ float scale_of(const float4 (&moments)[kParts / 2], float of_product) const {
         float sum = 0, squares = 0;
 #pragma unroll
         for (const float4& two : moments) sum += two.x + two.z, squares += two.y + two.w;
-        const float mean = sum / kWidth, scale = rsqrtf(fmaxf(squares / kWidth - mean * mean, 0) + a.eps);
-        return make_float2(scale * of_product, -mean * scale);
+        const float mean = sum / kWidth;
+        return rsqrtf(fmaxf(squares / kWidth - mean * mean, 0) + a.eps) * of_product;
     }
 
     // Queries and keys, then values.

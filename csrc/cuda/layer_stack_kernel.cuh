@@ -163,18 +163,17 @@ __device__ inline void put_pairs(const Worker& w, const uint32_t (&pairs)[14]) {
 
 // qkv, and the first product of the MLP with its GELU: norm, bias, and out through the slab.
 template <Phase kPhase>
-__device__ inline void write(const Worker& w, const Piece& piece, const float (&sum)[28], const float (&by)[2][2], float inverse) {
+__device__ inline void write(const Worker& w, const Piece& piece, const float (&sum)[28], const float (&bias)[2], float inverse) {
     const Arguments& a = w.a;
     const int t = w.lane % 4, first_row = piece.row_tile * kRows;
     const __half2 factor = gelu_factor(inverse);
     uint32_t out[14];
 #pragma unroll
     for (int j = 0; j < 7; ++j) {
-        const float4 two = *reinterpret_cast<const float4*>(w.s.scales() + 8 * j + 2 * t);  // rows
+        const float2 two = *reinterpret_cast<const float2*>(w.s.scales() + 8 * j + 2 * t);  // rows
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float x = two.x * sum[4 * j + 2 * half] + (two.y * by[half][0] + by[half][1]);
-            const float y = two.z * sum[4 * j + 2 * half + 1] + (two.w * by[half][0] + by[half][1]);
+            const float x = two.x * sum[4 * j + 2 * half] + bias[half], y = two.y * sum[4 * j + 2 * half + 1] + bias[half];
             if constexpr (kPhase == kQkv) {
                 out[2 * j + half] = pair(x, y);
             } else {
@@ -218,15 +217,12 @@ __device__ inline void read_stream(Worker& w, int layer, int phase, const Piece&
         return wait_for(w.s.scaled(), w.scaled++ & 1);
     }
     const Arguments& a = w.a;
-    const Product product = kProducts[phase];
-    float by[2][2];  // of two columns: W 1, the bias
+    float bias[2];  // of two columns
     const float inverse = load_early(a.scalars(layer) + kToInner);
-    const float* from = a.vectors_of(layer) + (phase == kQkv ? kQkvVectors : kUpVectors) + piece.column_tile * kColumns +
+    const float* from = a.vectors_of(layer) + (phase == kQkv ? kQkvBias : kUpBias) + piece.column_tile * kColumns +
                         16 * w.warp + w.lane / 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) by[half][i] = load_early(from + 8 * half + i * product.tiles * kColumns);
+    for (int half = 0; half < 2; ++half) bias[half] = load_early(from + 8 * half);
     float sum[28] = {};
     Products<false> products(w);
     products.wait_for_rows();
@@ -236,9 +232,9 @@ __device__ inline void read_stream(Worker& w, int layer, int phase, const Piece&
     products.finish();
     mark(a, layer, phase, 2);
     if (phase == kQkv)
-        write<kQkv>(w, piece, sum, by, inverse);
+        write<kQkv>(w, piece, sum, bias, inverse);
     else
-        write<kUp>(w, piece, sum, by, inverse);
+        write<kUp>(w, piece, sum, bias, inverse);
 }
 
 // What is added to the stream: of proj, of which a warpgroup has half of k.

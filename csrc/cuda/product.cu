@@ -125,13 +125,13 @@ int64_t moments_parts(int64_t rows, int64_t columns, int64_t depth, bool low, in
 }
 
 void read_stream(const void* stream, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
-                 const float* stream_scale, const float* weight_scale, const float* by_one, const float* bias, const float* moments,
-                 int64_t parts, float eps, bool gelu, const float* out_scale, void* out, bool early, int device,
+                 const float* stream_scale, const float* weight_scale, const float* bias, const float* moments, int64_t parts,
+                 float eps, bool gelu, const float* out_scale, void* out, bool early, int device,
                  cudaStream_t cuda_stream) {
     const DeviceGuard guard(device);
     const Sizes sizes{rows, columns, depth, low};
     Arguments a{};
-    a.input_scale = stream_scale, a.weight_scale = weight_scale, a.by_one = by_one, a.bias = bias;
+    a.input_scale = stream_scale, a.weight_scale = weight_scale, a.bias = bias;
     a.moments = reinterpret_cast<const float2*>(moments), a.parts = int(parts), a.eps = eps, a.out = out, a.out_scale = out_scale;
     const auto chosen = gelu ? launch<kReadGelu> : launch<kRead>;
     chosen(a, stream, weights, sizes, sizes.tiling(kRead, device), early, device, cuda_stream);

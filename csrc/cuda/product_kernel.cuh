@@ -2,8 +2,9 @@
 // and those that add to it. Rows are tokens, columns what the layer makes of them, both operands have k along their rows.
 //
 // LayerNorm stands behind the product, as in layer_stack: with m and r the mean and the reciprocal deviation of a row of the
-// stream x, W ((x - m) r) + b = r (W x - m W 1) + b. So whoever adds to the stream leaves the moments of what it wrote, a part
-// for each tile of columns, and, for products in e4m3, a copy of it in e4m3; no pass of its own is left to a norm.
+// stream x, W ((x - m) r) + b = r W x + b, as the rows of W add up to 0 (inference/rounding.py). So whoever adds to the stream
+// leaves the moments of what it wrote, a part for each tile of columns, and, for products in e4m3, a copy of it in e4m3; no pass of
+// its own is left to a norm.
 //
 // A block stays on its multiprocessor and takes tiles in turn. One thread of the last warpgroup brings stages of 128 bytes of k,
 // ahead of the others by as many as there is room for, whatever tile they belong to; its other warps prepare what is needed
@@ -70,7 +71,6 @@ __device__ inline void fetch_all(const Arguments& a, const Shared<S>& s, int ran
 template <Kind kKind, bool kLow, class S>
 __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
     const int i = threadIdx.x - (S::kBlockThreads - kPreparers);
-    const float* const vectors[kVectors] = {a.bias, a.by_one};
     const float of_all = halved<kKind, kLow> ? 0.5f : 1, scale = kLow ? *a.input_scale * *a.weight_scale : of_all;
     if (i == 0) {
         s.factors()[0] = scale;
@@ -82,11 +82,8 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
         const Tile tile(a, unit, rank);
         const int first_row = tile.row_tile * S::kRows, first_column = tile.column_tile * S::kColumns;
         wait_for(s.used(), parity ^ 1);
-        for (int which = 0; which < (kKind == kAdd ? 1 : kVectors); ++which)
-            for (int column = i; column < S::kColumns; column += kPreparers)
-                s.vector(which)[column] = first_column + column < a.num_columns
-                                              ? __ldg(vectors[which] + first_column + column) * (which == 0 ? of_all : 1)
-                                              : 0;
+        for (int column = i; column < S::kColumns; column += kPreparers)
+            s.bias()[column] = first_column + column < a.num_columns ? __ldg(a.bias + first_column + column) * of_all : 0;
         if (unit == cluster) wait_for_inputs();
         if constexpr (kKind == kAdd) {
             // The stream, so that it is near when all blocks at once add to it, if threads do not ask for all of it themselves.
@@ -102,8 +99,7 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
                         sum += x.x, squares += x.y;
                     }
                 const float mean = sum / a.depth, variance = squares / a.depth - mean * mean;
-                const float r = rsqrtf(fmaxf(variance, 0) + a.eps);
-                s.scales()[row] = make_float2(r * scale, -mean * r * of_all);
+                s.scales()[row] = rsqrtf(fmaxf(variance, 0) + a.eps) * scale;
             }
         }
         __syncwarp();

@@ -10,7 +10,6 @@ constexpr int kGroup = 128, kCluster = 2;
 constexpr int kStageDepth = 128;         // bytes of k
 constexpr int kNeighbours = 8;           // columns of a thread, of 32
 constexpr int kPreparers = kGroup - 32;  // threads that prepare what is needed behind the product
-constexpr int kVectors = 2;              // of columns
 
 enum Kind { kRead, kReadGelu, kAdd };
 
@@ -25,8 +24,7 @@ struct Arguments {
     int row_groups, column_groups, rows_first;  // of tiles, of which a cluster has one at a time, and their order
     const float *input_scale, *weight_scale;    // of e4m3
     const float* bias;
-    // Read: of the columns W 1; of the rows their moments, in parts
-    const float* by_one;
+    // Read: of the rows their moments, in parts
     const float2* moments;
     int parts, depth;
     float eps;
@@ -76,7 +74,7 @@ struct Shared {
     static constexpr int kRowBytes = S::kRows * kStageDepth, kStageBytes = kRowBytes + S::kColumns * kStageDepth;
     static constexpr int kAheadBytes = S::kAhead * 2 * 16 * S::kGroups * kGroup;
     static constexpr int kBytes =
-        S::kStages * kStageBytes + kAheadBytes + S::kRows * 8 + 16 + kVectors * S::kColumns * 4 + (2 * S::kStages + 2) * 8;
+        S::kStages * kStageBytes + kAheadBytes + S::kRows * 4 + 16 + S::kColumns * 4 + (2 * S::kStages + 2) * 8;
     static_assert(kBytes <= 227 * 1024);
 
     uint8_t* stages;
@@ -87,13 +85,13 @@ struct Shared {
     __device__ uint4* ahead(int i, int row) const {
         return reinterpret_cast<uint4*>(stages + S::kStages * kStageBytes) + (2 * i + row) * S::kGroups * kGroup + threadIdx.x;
     }
-    // Of a tile's rows: r times the scale of the product, -m r. Of its columns: the bias, W 1.
-    __device__ float2* scales() const { return reinterpret_cast<float2*>(stages + S::kStages * kStageBytes + kAheadBytes); }
+    // Of a tile's rows: r times the scale of the product.
+    __device__ float* scales() const { return reinterpret_cast<float*>(stages + S::kStages * kStageBytes + kAheadBytes); }
     // Of all tiles: what sums are multiplied by, and the copy in e4m3, or GELU in e4m3.
-    __device__ float* factors() const { return reinterpret_cast<float*>(scales() + S::kRows); }
-    __device__ float* vector(int which) const { return factors() + 4 + which * S::kColumns; }
-    // A stage is there; both blocks of the cluster may write it; scales and vectors are there; they may be written.
-    __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(vector(kVectors)) + slot; }
+    __device__ float* factors() const { return scales() + S::kRows; }
+    __device__ float* bias() const { return factors() + 4; }  // of a tile's columns
+    // A stage is there; both blocks of the cluster may write it; scales and biases are there; they may be written.
+    __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(bias() + S::kColumns) + slot; }
     __device__ uint64_t* empty(int slot) const { return full(S::kStages) + slot; }
     __device__ uint64_t* prepared() const { return empty(S::kStages); }
     __device__ uint64_t* used() const { return empty(S::kStages) + 1; }
@@ -172,7 +170,7 @@ struct Part {
         const __half2 factor = gelu_factor(s.factors()[1]);
 #pragma unroll
         for (int block = 0; block < S::kBlocks; ++block) {
-            const float2 scale[2] = {s.scales()[row_in_tile + 64 * block], s.scales()[row_in_tile + 64 * block + 8]};
+            const float scale[2] = {s.scales()[row_in_tile + 64 * block], s.scales()[row_in_tile + 64 * block + 8]};
             const Place place(*this, block);
             uint8_t* const to[2] = {place.in(a.out, 0, kToLow ? 1 : 2), place.in(a.out, 1, kToLow ? 1 : 2)};
 #pragma unroll
@@ -180,15 +178,14 @@ struct Part {
                 uint32_t out[2][4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    float by_one[4], bias[4], y[4];
-                    const int at = column_in_tile + 32 * of_32 + 4 * half;
-                    load_values(bias, s.vector(0) + at), load_values(by_one, s.vector(1) + at);
+                    float bias[4], y[4];
+                    load_values(bias, s.bias() + column_in_tile + 32 * of_32 + 4 * half);
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         take(y, sums, block, of_32, r, half);
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
-                            y[i] = scale[r].x * y[i] + (scale[r].y * by_one[i] + bias[i]);
+                            y[i] = scale[r] * y[i] + bias[i];
                             if constexpr (halved<kKind, kLow>) y[i] = gelu_of_half(y[i]);
                         }
                         if constexpr (kToLow)
@@ -246,7 +243,7 @@ struct Part {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float bias[4], y[4], before[4];
-                        load_values(bias, s.vector(0) + column_in_tile + 32 * of_32 + 4 * half);
+                        load_values(bias, s.bias() + column_in_tile + 32 * of_32 + 4 * half);
                         take(y, sums, block, of_32, r, half), values_of(before, words[2 * half], words[2 * half + 1]);
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {

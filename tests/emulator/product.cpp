@@ -33,7 +33,7 @@ void (*chosen(int kind, bool low))(Arguments) {
 // As in the tests.
 struct Launch {
     const void *rows, *weights;
-    const float *input_scale, *weight_scale, *by_one, *bias, *moments, *out_scale, *stream_scale;
+    const float *input_scale, *weight_scale, *bias, *moments, *out_scale, *stream_scale;
     void *out, *h;
     float* new_moments;
     uint8_t* stream;
@@ -67,7 +67,7 @@ extern "C" const char* run(const Launch* launch) {
         a.column_groups = l.share_weights ? column_tiles : ceil_div(column_tiles, kCluster);
         a.units = a.row_groups * a.column_groups, a.rows_first = l.rows_first;
         a.input_scale = l.input_scale, a.weight_scale = l.weight_scale;
-        a.by_one = l.by_one, a.bias = l.bias, a.moments = reinterpret_cast<const float2*>(l.moments);
+        a.bias = l.bias, a.moments = reinterpret_cast<const float2*>(l.moments);
         a.parts = int(l.parts), a.depth = int(l.depth), a.eps = l.eps, a.out = l.out, a.out_scale = l.out_scale;
         a.h = static_cast<__nv_bfloat16*>(l.h), a.stream_scale = l.stream_scale;
         a.new_moments = reinterpret_cast<float2*>(l.new_moments), a.stream = l.stream;
