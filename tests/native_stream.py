@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bldm_kernels.inference import stream
-from bldm_kernels.inference.attention import E4M3, to_e4m3
+from bldm_kernels.inference.attention import E4M3, attention, to_e4m3
 from bldm_kernels.inference.product import Weights
 from bldm_kernels.inference.stream import Reader, Stream, plain_add, plain_enter, plain_read
 
@@ -94,6 +94,34 @@ def add_to_stream(
         moments.zero_()[:, :1] = left.moments
         if left.low is not None:
             there(stream_ptr, E4M3, rows, columns).copy_(left.low)
+
+
+def attend_to_stream(
+    stream_ptr: int,
+    weight_ptr: int,
+    low: bool,
+    samples: int,
+    tokens: int,
+    heads: int,
+    depth: int,
+    stream_scale_ptr: int,
+    weight_scale_ptr: int,
+    bias_ptr: int,
+    moments_ptr: int,
+    parts: int,
+    eps: float,
+    out_scale_ptr: int,
+    out_ptr: int,
+    early: bool,
+    device: int,
+    cuda_stream: int,
+) -> None:
+    rows, columns = samples * tokens, 3 * heads * 64
+    qkv = torch.empty(rows, columns, dtype=torch.bfloat16)
+    of_layer = (stream_scale_ptr, weight_scale_ptr, bias_ptr, moments_ptr, parts, eps, False, 0)
+    read_stream(stream_ptr, weight_ptr, low, rows, columns, depth, *of_layer, qkv.data_ptr(), early, device, cuda_stream)
+    mixed = attention(qkv.view(samples, tokens, columns), heads, None, at(out_scale_ptr, torch.float32, 1))
+    there(out_ptr, mixed.dtype, samples, tokens, columns // 3).copy_(mixed)
 
 
 def moments_parts(rows: int, columns: int, depth: int, low: bool, device: int) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import native_stream
 import pytest
 import torch
 from test_inference_product import DEVICE, error, inputs, layer, triton_kernels
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bldm_kernels.backends.native import load_part
-from bldm_kernels.inference.attention import E4M3, to_e4m3
+from bldm_kernels.inference.attention import E4M3, attention, to_e4m3
 from bldm_kernels.inference.product import Weights, prepare
 from bldm_kernels.inference.stream import (
     MANY_LOW_ROWS,
@@ -17,6 +18,7 @@ from bldm_kernels.inference.stream import (
     Reader,
     Stream,
     add,
+    attend,
     enter,
     fits,
     plain_add,
@@ -28,6 +30,7 @@ from bldm_kernels.inference.stream import (
     reorder,
     supports,
     takes,
+    takes_heads,
 )
 
 __all__ = ["triton_kernels"]  # a fixture
@@ -91,10 +94,8 @@ def test_the_plain_form_is_the_modules(gelu: bool) -> None:
     assert error(plain_read(stream, reader, gelu), expected) < 1e-6  # vectors are float32
     assert error(read(stream, reader, gelu=gelu), expected) < 1e-6
     weights = prepare(linear, torch.float64, gamma=gamma)
-    x, later = (
-        inputs(9, 40, torch.float64),
-        prepare_reader(prepare(nn.Linear(64, 32), torch.float64, norm=nn.LayerNorm(64)), EPS),
-    )
+    next_linear, next_norm = nn.Linear(64, 32, device=DEVICE), nn.LayerNorm(64, device=DEVICE)
+    x, later = inputs(9, 40, torch.float64), prepare_reader(prepare(next_linear, torch.float64, norm=next_norm), EPS)
     before = torch.randn(9, 64, dtype=torch.float64, device=DEVICE)
     left = add(x, prepare_adder(weights), Stream(before.clone()), later)
     assert error(left.h, before + gamma * linear(x)) < 1e-12
@@ -204,6 +205,41 @@ def test_add(shape: tuple[int, int, int], low: bool, last: bool, stream_kernels:
     assert error(behind, plain_read(exactly(one_way), reader)) < 3e-3
 
 
+HEADS = [(8, 257, 12, 768), (3, 256, 4, 384), (1, 264, 2, 384), (2, 265, 6, 768), (9, 272, 2, 768), (80, 257, 12, 768)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("batch, tokens, heads, width", HEADS)
+def test_attend(batch: int, tokens: int, heads: int, width: int, low: bool, stream_kernels: None) -> None:
+    h, reader = inputs(batch * tokens, width), reader_of(3 * heads * 64, width, low)
+    stream = enter(h, reader, offset_of(width))
+    assert takes_heads(h, reader, heads, batch)
+    expected = attention(plain_read(exactly(stream), reader).view(batch, tokens, -1), heads).flatten(0, 1)
+    for out_scale in (None, one(float(expected.abs().max()) / 400)):
+        got = attend(stream, reader, heads, batch, out_scale=out_scale)
+        assert got.dtype == (torch.bfloat16 if out_scale is None else E4M3)
+        values = got.double() if out_scale is None else got.double() * out_scale
+        assert error(values, expected) < (1e-2 if out_scale is None else 4e-2)
+        for _ in range(3):
+            again = attend(stream, reader, heads, batch, out_scale=out_scale, pdl=True)
+            assert torch.equal(again.view(torch.uint8), got.view(torch.uint8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("low", [False, True])
+def test_attend_is_attention_of_what_is_read(low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    h, reader = inputs(2 * 256, 384).cpu(), Reader(*(x.cpu() if isinstance(x, Tensor) else x for x in reader_of(384, 384, low)))
+    stream, out_scale = enter(h, reader), torch.tensor([0.02]) if low else None
+    expected = attention(read(stream, reader).view(2, 256, -1), 2, None, out_scale).flatten(0, 1)
+    assert torch.equal(attend(stream, reader, 2, 2, out_scale=out_scale).float(), expected.float())
+    calls = native_stream.stand_in(monkeypatch)
+    assert takes_heads(h, reader, 2, 2)
+    assert torch.equal(attend(stream, reader, 2, 2, out_scale=out_scale).float(), expected.float())
+    assert calls == ["attend_to_stream"]
+    assert not takes_heads(h, reader, 1, 2) and not takes_heads(h, reader, 2, 4) and not takes_heads(h, reader, 3, 2)
+
+
 def test_which_streams_the_kernels_take(stream_kernels: None) -> None:
     def stream(rows: int, columns: int = 768) -> Tensor:
         return torch.zeros(rows, columns, dtype=torch.bfloat16, device="cuda")
@@ -239,6 +275,8 @@ def test_errors_name_the_argument() -> None:
         "out_scale: expected one behind GELU": lambda: read(stream, reader, out_scale=one(1.0)),
         "out_scale: expected one behind": lambda: read(enter(x, low), low, gelu=True),
         "out_scale: expected one element": lambda: read(enter(x, low), low, gelu=True, out_scale=torch.ones(2, device=DEVICE)),
+        r"batch, num_heads: expected divisors of 6 rows": lambda: attend(stream, reader, 3, 4),
+        "num_heads: expected": lambda: attend(stream, reader, 0, 2),
         "weights.bias: expected dtype float32": lambda: add(x, weights, Stream(inputs(6, 64))),
         r"x: expected a contiguous \(M, 48\)": lambda: add(inputs(6, 32), adder, Stream(inputs(6, 64))),
         r"h: expected a contiguous \(6, 64\)": lambda: add(x, adder, Stream(inputs(5, 64))),

@@ -89,9 +89,9 @@ def scale_of(x: Tensor) -> Tensor:
     return (x.abs().max() / 400).float().reshape(1)
 
 
-def make_operand(rows: int, depth: int, low: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def make_operand(rows: int, depth: int, low: bool, size: float = 1) -> tuple[Tensor, Tensor | None, Tensor]:
     """A tensor, its scale, and its values in float64."""
-    x = torch.randn(rows, depth) * (1 + torch.rand(depth))
+    x = size * torch.randn(rows, depth) * (1 + torch.rand(depth))
     if not low:
         return x.bfloat16(), None, x.bfloat16().double()
     scale = scale_of(x)

@@ -3,9 +3,10 @@
     LayerNorm(h) W^T + b = r h W^T + b        r: reciprocal deviation of the rows of the stream h; the rows of W add up to 0
 
 So `read` takes the stream as it is, and has its norm behind the product. What it needs of the rows, their moments and for
-products in e4m3 the rows in e4m3, is left by whoever wrote them: `add`, or `enter` for the first reader.
+products in e4m3 the rows in e4m3, is left by whoever wrote them: `add`, or `enter` for the first reader. `attend` reads it too:
+what comes of queries, keys and values, which then need no memory.
 
-The kernels (csrc/cuda/product.cu) are for compute capability 9.0.
+The kernels (csrc/cuda/product.cu, stream_attention.cu) are for compute capability 9.0.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from .. import checks, dispatch
 from ..backends.native import load_part
 from . import norm, product
-from .attention import E4M3, check_scale, to_e4m3
+from .attention import E4M3, WHOLE_HEAD_DIM, WHOLE_HEAD_TOKENS, attention, check_scale, to_e4m3
 from .product import Weights, dequantized
 
 # From so many rows on they are faster than a norm and its product, in bfloat16 and in e4m3: a step of 771 rows takes 1.18 and
@@ -113,6 +114,13 @@ def supports(h: Tensor, low: bool) -> bool:
     return len(h) >= (MANY_LOW_ROWS if low else MANY_ROWS) and takes(h)
 
 
+def takes_heads(h: Tensor, reader: Reader, num_heads: int, batch: int) -> bool:
+    """Whether `attend` is one kernel for this stream (M, K)."""
+    rows, depth = reader.weight.shape
+    whole = rows == 3 * num_heads * WHOLE_HEAD_DIM and num_heads % 2 == 0 and len(h) // batch in WHOLE_HEAD_TOKENS
+    return whole and depth * reader.weight.element_size() % 384 == 0 and takes(h) and fits(reader.weight)
+
+
 def plain_enter(h: Tensor, reader: Reader) -> Stream:
     """The specification of what `enter` leaves of h as it then is, in float64 for float64 h, else float32."""
     x = h.to(_exact(h))
@@ -189,16 +197,7 @@ def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tenso
     Raises: TypeError, ValueError for a wrong argument.
     """
     h, moments, low = stream
-    checks.floating("stream.h", h)
-    if h.dim() != 2 or not h.is_contiguous():
-        raise ValueError(f"stream.h: expected a contiguous (M, K), got shape {tuple(h.shape)} with strides {h.stride()}")
-    _check_reader(reader, "stream.h", h)
-    moments = checks.tensor("stream.moments", moments, (_exact(h),))
-    checks.same_device("stream.moments", moments, "stream.h", h)
-    if moments.dim() != 3 or len(moments) != len(h) or moments.shape[2] != 2 or not moments.is_contiguous():
-        raise ValueError(f"stream.moments: expected a contiguous ({len(h)}, parts, 2), got shape {tuple(moments.shape)}")
-    if reader.low:
-        _check_low(low, h)
+    moments = _check_stream(stream, reader)
     check_scale(out_scale, "stream.h", h)
     if (out_scale is not None) != (gelu and reader.low):
         raise ValueError(f"out_scale: expected one behind GELU of a reader in e4m3, and only there, got {out_scale}")
@@ -212,6 +211,47 @@ def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tenso
         *(len(h), len(reader.weight), h.shape[1]),
         *_addresses(reader.input_scale, reader.weight_scale, reader.bias, moments),
         *(moments.shape[1], reader.eps, gelu),
+        *_addresses(out_scale, out),
+        *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
+    )
+    return out
+
+
+def attend(
+    stream: Stream, reader: Reader, num_heads: int, batch: int, *, out_scale: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """`attention` of the queries, keys and values that `read` finds: (M, K) -> (M, W), M = batch T.
+
+    Args:
+        stream: of (M, K), as for `read`.
+        reader: of queries, keys and values, N = 3 W.
+        num_heads: a divisor of W.
+        batch: samples, a divisor of M, whose tokens see each other.
+        out_scale: as in `attention`.
+        pdl: as in `read`.
+
+    Returns: (M, W) in e4m3 with out_scale, else in the dtype of h.
+
+    Raises: TypeError, ValueError for a wrong argument.
+    """
+    h, moments, low = stream
+    moments = _check_stream(stream, reader)
+    checks.integer("num_heads", num_heads, 1, 2**16)
+    checks.integer("batch", batch, 1, len(h))
+    if len(h) % batch or len(reader.weight) % (3 * num_heads):
+        raise ValueError(
+            f"batch, num_heads: expected divisors of {len(h)} rows and of a third of {len(reader.weight)}, got {batch} and {num_heads}"
+        )
+    check_scale(out_scale, "stream.h", h)
+    if not takes_heads(h, reader, num_heads, batch):
+        qkv = read(stream, reader, pdl=pdl)
+        return attention(qkv.view(batch, -1, qkv.shape[1]), num_heads, None, out_scale, pdl=pdl).flatten(0, 1)
+    out = h.new_empty(len(h), len(reader.weight) // 3, dtype=h.dtype if out_scale is None else E4M3)
+    _native().attend_to_stream(
+        *_addresses(low if reader.low else h, reader.weight),
+        *(reader.low, batch, len(h) // batch, num_heads, h.shape[1]),
+        *_addresses(reader.input_scale, reader.weight_scale, reader.bias, moments),
+        *(moments.shape[1], reader.eps),
         *_addresses(out_scale, out),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
     )
@@ -271,6 +311,22 @@ def _native() -> Any:
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _check_stream(stream: Stream, reader: Reader) -> Tensor:
+    """Its moments, if it is one that this reader can read."""
+    h = stream.h
+    checks.floating("stream.h", h)
+    if h.dim() != 2 or not h.is_contiguous():
+        raise ValueError(f"stream.h: expected a contiguous (M, K), got shape {tuple(h.shape)} with strides {h.stride()}")
+    _check_reader(reader, "stream.h", h)
+    moments = checks.tensor("stream.moments", stream.moments, (_exact(h),))
+    checks.same_device("stream.moments", moments, "stream.h", h)
+    if moments.dim() != 3 or len(moments) != len(h) or moments.shape[2] != 2 or not moments.is_contiguous():
+        raise ValueError(f"stream.moments: expected a contiguous ({len(h)}, parts, 2), got shape {tuple(moments.shape)}")
+    if reader.low:
+        _check_low(stream.low, h)
+    return moments
 
 
 def _check_low(low: Tensor | None, h: Tensor) -> None:

@@ -31,6 +31,7 @@ void register_cuda(pybind11::module_& m) {
     bind(m, "attention_gradient", cuda::attention_gradient);
     bind(m, "read_stream", cuda::read_stream);
     bind(m, "add_to_stream", cuda::add_to_stream);
+    bind(m, "attend_to_stream", cuda::attend_to_stream);
     bind(m, "moments_parts", cuda::moments_parts);
 #endif
 }

@@ -65,6 +65,17 @@ __device__ __forceinline__ float4 load_four_again(const float* from) {
     return x;
 }
 
+__device__ __forceinline__ float2 load_two_again(const float* from) {
+    float2 x;
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared_address(from)));
+    return x;
+}
+// A value of which nothing is computed before, in registers that a kernel has not got.
+__device__ __forceinline__ uint32_t from_here_on(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // The stream's next kernel may start where there is room; for what this one writes, it waits all the same.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

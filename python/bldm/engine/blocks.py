@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bldm_kernels.inference.attention import attention, cross_attention, supports
+from bldm_kernels.inference.attention import cross_attention, supports
 from bldm_kernels.inference.product import product
 
 from ..denoiser import Block
@@ -43,12 +43,9 @@ class EngineBlock(nn.Module):
             mask: bool (B, T), the tokens that are there; None: all.
             kv, kv_mask: keys and values (B, L, 2 W) of the cross attention, and bool (B, L), those that are there.
         """
-        with part("qkv"):
-            qkv = stream.read(self.qkv)
-        with part("attention"):
-            mixed = attention(qkv.view(batch, -1, qkv.shape[1]), self.num_heads, mask, self.proj.input_scale, pdl=stream.pdl)
+        mixed = stream.attend(self.qkv, self.num_heads, batch, mask, self.proj)
         with part("proj"):
-            stream.add(self.proj, mixed.flatten(0, 1))
+            stream.add(self.proj, mixed)
         if self.cross is not None:
             assert kv is not None
             with part("cross attention"):

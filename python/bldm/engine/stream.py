@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bldm_kernels.inference import stream as kernels
-from bldm_kernels.inference.attention import E4M3
+from bldm_kernels.inference.attention import E4M3, attention
 from bldm_kernels.inference.product import Weights
 from bldm_kernels.inference.stream import Reader
 
+from ..parts import part
 from .products import Product
 from .report import Part
 
@@ -28,6 +29,12 @@ class NormedStream:
 
     def read(self, product: Product, *, gelu: bool = False, reader: Product | None = None) -> Tensor:
         return product.read(self.h, gelu=gelu, reader=reader, pdl=self.pdl)
+
+    def attend(self, qkv: Product, num_heads: int, batch: int, mask: Tensor | None, reader: Product) -> Tensor:
+        """Attention of the tokens that are there (mask, bool (B, T); None: all), as `reader` reads it: (M, W)."""
+        with part("qkv"):
+            made = self.read(qkv)
+        return _mixed(made, num_heads, batch, mask, reader, self.pdl)
 
     def add(self, product: Product, x: Tensor) -> None:
         product.add(x, self.h, pdl=self.pdl)
@@ -56,12 +63,27 @@ class LinkedStream:
         scale = None if reader is None else reader.input_scale
         return kernels.read(self._stream, self._stage.reader, gelu=gelu, out_scale=scale, pdl=self.pdl)
 
+    def attend(self, qkv: Product, num_heads: int, batch: int, mask: Tensor | None, reader: Product) -> Tensor:
+        """As of NormedStream."""
+        stage, scale = self._stage, reader.input_scale
+        if mask is None and kernels.takes_heads(self._stream.h, stage.reader, num_heads, batch):
+            with part("qkv and attention"):
+                return kernels.attend(self._stream, stage.reader, num_heads, batch, out_scale=scale, pdl=self.pdl)
+        with part("qkv"):
+            made = self.read(qkv)
+        return _mixed(made, num_heads, batch, mask, reader, self.pdl)
+
     def add(self, product: Product, x: Tensor) -> None:
         assert product is self._stage.adds
         adder, following = self._stage.adder, next(self._ahead, None)
         self._stream = kernels.add(x, adder, self._stream, None if following is None else following.reader, pdl=self.pdl)
         if following is not None:
             self._stage = following
+
+
+def _mixed(qkv: Tensor, num_heads: int, batch: int, mask: Tensor | None, reader: Product, pdl: bool) -> Tensor:
+    with part("attention"):
+        return attention(qkv.view(batch, -1, qkv.shape[1]), num_heads, mask, reader.input_scale, pdl=pdl).flatten(0, 1)
 
 
 ResidualStream = NormedStream | LinkedStream
