@@ -66,7 +66,7 @@ def check(
 
 
 # Samples, tokens, heads, bytes of k, clusters: of one pair of heads and of several, stages that are used again.
-SIZES = [(1, 257, 2, 384, 1), (2, 257, 4, 384, 3), (1, 256, 4, 768, 1), (1, 264, 2, 384, 1), (1, 265, 2, 384, 1), (2, 272, 2, 384, 1)]
+SIZES = [(1, 257, 2, 384, 1), (2, 257, 4, 384, 3), (1, 256, 4, 768, 1), (2, 258, 2, 384, 1), (1, 264, 2, 384, 1)]
 
 
 @pytest.mark.parametrize("low", [False, True])

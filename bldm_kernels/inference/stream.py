@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from .. import checks, dispatch
 from ..backends.native import load_part
 from . import norm, product
-from .attention import E4M3, WHOLE_HEAD_DIM, WHOLE_HEAD_TOKENS, attention, check_scale, to_e4m3
+from .attention import E4M3, WHOLE_HEAD_DIM, attention, check_scale, to_e4m3
 from .product import Weights, dequantized
 
 # From so many rows on they are faster than a norm and its product, in bfloat16 and in e4m3: a step of 771 rows takes 1.18 and
 # 0.96 times as long as with norms, of 1,028 rows 1.14 and 0.92, of 1,542 rows 1.04 and 0.88 times
 # (benchmarks/results/engine_parts_nvidia_h200.txt).
 MANY_ROWS, MANY_LOW_ROWS = 2048, 768
+TOKENS = range(256, 259)  # of a sample, that the kernel of `attend` takes
 MOST_SUM = 2**-6  # of a row of weights behind a norm, for its length
 COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are in an order of their own within so many
 
@@ -117,7 +118,7 @@ def supports(h: Tensor, low: bool) -> bool:
 def takes_heads(h: Tensor, reader: Reader, num_heads: int, batch: int) -> bool:
     """Whether `attend` is one kernel for this stream (M, K)."""
     rows, depth = reader.weight.shape
-    whole = rows == 3 * num_heads * WHOLE_HEAD_DIM and num_heads % 2 == 0 and len(h) // batch in WHOLE_HEAD_TOKENS
+    whole = rows == 3 * num_heads * WHOLE_HEAD_DIM and num_heads % 2 == 0 and len(h) // batch in TOKENS
     return whole and depth * reader.weight.element_size() % 384 == 0 and takes(h) and fits(reader.weight)
 
 

@@ -193,16 +193,6 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t addres
                  : "r"(address)
                  : "memory");
 }
-// d += a b of 32 bytes of k: m16n8k32 in e4m3 (kLow), whose fragments have four values of k where those of m16n8k16 have two.
-template <bool kLow>
-__device__ __forceinline__ void mma_stage(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (kLow)
-        asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        mma<__nv_bfloat16>(d, a, b0, b1, d);
-}
 __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

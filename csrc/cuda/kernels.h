@@ -117,7 +117,7 @@ void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, i
                    const float* input_scale, const float* weight_scale, const float* bias, void* h, const float* stream_scale,
                    float* moments, uint8_t* stream, bool early, int device, cudaStream_t cuda_stream);
 // The attention of heads of width 64 of (samples, tokens) rows of the stream, read as read_stream reads it with weights (3 heads 64,
-// depth) and their bias: out (samples, tokens, heads 64) as `attention` writes it of that. 256 to 272 tokens, an even number of heads,
+// depth) and their bias: out (samples, tokens, heads 64) as `attention` writes it of that. 256 to 264 tokens, an even number of heads,
 // k of multiples of 384 bytes.
 void attend_to_stream(const void* stream, const void* weights, bool low, int64_t samples, int64_t tokens, int64_t heads, int64_t depth,
                       const float* stream_scale, const float* weight_scale, const float* bias, const float* moments, int64_t parts,

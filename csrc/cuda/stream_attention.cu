@@ -9,9 +9,9 @@ void attend_to_stream(const void* stream, const void* weights, bool low, int64_t
                       float eps, const float* out_scale, void* out, bool early, int device, cudaStream_t cuda_stream) {
     using namespace attend::stream;
     const int64_t bytes = depth * (low ? 1 : 2);
-    if (tokens < attend::kTiled || tokens > attend::kMostTokens || heads < 2 || heads % kCluster || samples < 1 ||
+    if (tokens < attend::kTiled || tokens > kMost || heads < 2 || heads % kCluster || samples < 1 ||
         samples * tokens > 1 << 26 || bytes < 1 || bytes % (kStages * kStageDepth))
-        throw std::invalid_argument("attend_to_stream: expected 256 to 272 tokens, an even number of heads, and k of multiples of 384 bytes");
+        throw std::invalid_argument("attend_to_stream: expected 256 to 264 tokens, an even number of heads, and k of multiples of 384 bytes");
     for (const void* tensor : {stream, weights, static_cast<const void*>(out)})
         if (!aligned(tensor, 16)) throw std::invalid_argument("attend_to_stream: expected memory at multiples of 16 bytes");
     const DeviceGuard guard(device);
@@ -22,8 +22,7 @@ void attend_to_stream(const void* stream, const void* weights, bool low, int64_t
     a.input_scale = stream_scale, a.weight_scale = weight_scale, a.bias = bias;
     a.moments = reinterpret_cast<const float2*>(moments), a.parts = int(parts), a.depth = int(depth), a.eps = eps;
     a.out = out, a.out_scale = out_scale;
-    const bool few = tokens <= attend::kTiled + 8;
-    const auto chosen = low ? few ? kernel<true, 8> : kernel<true, 16> : few ? kernel<false, 8> : kernel<false, 16>;
+    const auto chosen = low ? kernel<true> : kernel<false>;
     check(cudaFuncSetAttribute(chosen, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute");
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -3,9 +3,10 @@
 //
 // A block takes heads in turn, the two blocks of a cluster neighbouring heads of the same sample, of whose rows of the stream each
 // one fetches half for both. Its mixers multiply 128 rows each with the head's 192 rows of weights, write what comes out to shared
-// memory, where attention reads it, and mix. One warp fetches stages of 128 bytes of k; the other three, the workers, have the rows
-// behind the 256th, by products of single warps. What is left of the stages' memory is too little for keys and values: they are
-// where the last stage of a head is, which is given back when they have been mixed.
+// memory, where attention reads it, and mix. The third warpgroup, the feeder, fetches stages of 128 bytes of k. The few rows behind the
+// 256th are the columns of products whose rows are the weights of queries, keys or values: one more for each of the three warpgroups.
+// In attention they are the feeder's, without the tensor cores, which the mixers need. Memory is too small for three stages beside
+// keys and values: these are where the last stage of a head is, which is given back when they have been mixed.
 //
 // The columns of queries, keys and values are in the order of the weights' rows (inference/stream.py): it is the same in queries
 // and keys, and of the result it makes eight columns of a row neighbours in a thread.
@@ -19,12 +20,14 @@ constexpr int kCluster = 2, kParts = 3, kColumns = kParts * kHeadWidth;
 constexpr int kStageDepth = 128;  // bytes of k
 constexpr int kRowBytes = kMostTokens * kStageDepth, kStageBytes = kRowBytes + kColumns * kStageDepth;
 constexpr int kStages = 3;           // of which a head takes a multiple, so that its last one is the third
-constexpr int kBegun = kStages - 1;  // whose weights are asked for before the kernel in front of this one ends
-constexpr int kWorkers = kGroup - 32, kUsers = kMixers * kGroup + kWorkers;  // threads; those that use stages
+constexpr int kAhead = kStages - 1;  // as many are fetched ahead
+constexpr int kRest = 8, kMost = kTiled + kRest;  // tokens behind the 256th, at most; tokens
 // Of those that a block starts with, 168 a thread.
 constexpr int kMixerRegisters = 224, kFeederRegisters = 56;
 static_assert(2 * kMixerRegisters + kFeederRegisters <= 3 * 168);
 constexpr int kTiles = kTiled / 64 / kMixers;  // of 64 rows, of a mixer
+// Of a query behind the 256th: weights, their largest exponent and sum by every warp, and mixed values by every warp.
+constexpr int kFound = kMostTokens + 2 * kFeederWarps + kFeederWarps * kHeadWidth;
 static_assert(kStageBytes <= 2 * kPartBytes && kRowBytes == 2 * kBoxBytes);
 
 struct Arguments {
@@ -50,15 +53,18 @@ struct Shared {
     // Of the rows r times the scale of the product; of the columns the bias, in their own order.
     __device__ float* scales() const { return reinterpret_cast<float*>(rows(kStages - 1) + kParts * kPartBytes); }
     __device__ float* bias() const { return scales() + kMostTokens; }
-    __device__ float* found() const { return bias() + kColumns; }
+    __device__ float* weights_of_keys() const { return bias() + kColumns; }
+    __device__ float* largest(int warp) const { return weights_of_keys() + kMostTokens + warp; }
+    __device__ float* total(int warp) const { return largest(kFeederWarps) + warp; }
+    __device__ float* mixed(int warp) const { return total(kFeederWarps) + warp * kHeadWidth; }
     // A stage is there; both blocks of the cluster may write it. A mixer may compute its exponentials.
-    __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(found() + kRestFloats<kWorkers / 32>) + slot; }
+    __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(mixed(kFeederWarps)) + slot; }
     __device__ uint64_t* empty(int slot) const { return full(kStages) + slot; }
     __device__ uint64_t* turn(int mixer) const { return empty(kStages) + mixer; }
 };
 
 constexpr int kSharedBytes = (kStages - 1) * kStageBytes + kParts * kPartBytes +
-                             (kMostTokens + kColumns + kRestFloats<kWorkers / 32>) * 4 + (2 * kStages + kMixers) * 8;
+                             (kMostTokens + kColumns + kFound) * 4 + (2 * kStages + kMixers) * 8;
 static_assert(kSharedBytes <= 227 * 1024);
 
 // What a block takes at a time.
@@ -92,128 +98,245 @@ __device__ __forceinline__ void release(const Shared& s, int slot) {
     if (threadIdx.x % 32 < kCluster) arrive_at(s.empty(slot), threadIdx.x % 32);
 }
 
-// Those who use stages: all have done so, or have written.
-__device__ __forceinline__ void meet_users() { sync_part<kUsers>(3); }
+// All have multiplied, or have written.
+__device__ __forceinline__ void meet_all() { sync_part<kBlockThreads>(3); }
 
 // Which column of a head a place among 64 is: the weights' order, of every 32.
 __device__ __forceinline__ int column_of(int place) { return place / 32 * 32 + place % 8 / 2 * 8 + place % 32 / 8 * 2 + place % 2; }
 
-// One thread.
+// One thread: stages, one after the other, of all heads of this block.
 template <bool kLow>
-__device__ inline void fetch_all(const Arguments& a, const Shared& s, const Place& at) {
-    constexpr int kValues = kStageDepth / (kLow ? 1 : 2);
-    const auto begin = [&](RingPlace place, int step, const Head& of) {
-        wait_for(s.empty(place.slot), place.parity ^ 1);
-        expect_bytes(s.full(place.slot), kStageBytes);
+struct Fetcher {
+    static constexpr int kValues = kStageDepth / (kLow ? 1 : 2);
+    const Arguments& a;
+    const Shared& s;
+    const Place& at;
+    RingPlace place;
+    int unit, step = 0;
+
+    __device__ Fetcher(const Arguments& a, const Shared& s, const Place& at) : a(a), s(s), at(at), unit(at.cluster) {}
+
+    __device__ void fetch_weights(int slot, int step) const {
+        expect_bytes(s.full(slot), kStageBytes);
         for (int part = 0; part < kParts; ++part)
-            copy_box(s.weights(place.slot) + part * kHeadWidth * kStageDepth, &a.weights, step * kValues,
-                     (part * a.heads + of.head) * kHeadWidth, 0, s.full(place.slot));
+            copy_box(s.weights(slot) + part * kHeadWidth * kStageDepth, &a.weights, step * kValues,
+                     (part * a.heads + Head(a, unit, at.rank).head) * kHeadWidth, 0, s.full(slot));
+    }
+    __device__ void fetch_rows(int slot, int step) const {
+        copy_box_to((1 << kCluster) - 1, s.rows(slot) + at.rank * kBoxBytes, &a.rows, step * kValues, at.rank * kBoxTokens,
+                    Head(a, unit, at.rank).sample, s.full(slot));
+    }
+    // The first stages of all: weights do not depend on the kernel in front of this one.
+    __device__ void begin() {
+        for (int i = 0; i < kAhead; ++i) fetch_weights(i, i);
+        wait_for_inputs();
+        for (; step < kAhead; ++step, place.advance()) fetch_rows(step, step);
+        fetch();
+    }
+    __device__ void fetch() {
+        if (step == a.steps) step = 0, unit += at.clusters;
+        if (unit >= a.units) return;
+        wait_for(s.empty(place.slot), place.parity ^ 1);
+        fetch_weights(place.slot, step);
+        fetch_rows(place.slot, step);
+        ++step, place.advance();
+    }
+    // The other block arrives here until it has read what is shared.
+    __device__ void end() {
+        for (int i = 0; i < kStages; ++i, place.advance()) wait_for(s.empty(place.slot), place.parity ^ 1);
+    }
+};
+
+// Biases of a head and scales of its rows, by the feeder, which has time for some of it at every stage.
+struct Preparation {
+    static constexpr int kAtOnce = 6;  // parts
+    const Arguments& a;
+    const Shared& s;
+    const Head& of;
+    const int tid;
+    const float scale;
+    float sums[2][2] = {};
+    int first = 0;  // part
+
+    __device__ const float2* moments(int row) const { return a.moments + (int64_t(of.sample) * a.tokens + row) * a.parts; }
+
+    __device__ void write(int row, float sum, float squares) const {
+        const float by = 1.f / a.depth, mean = sum * by;
+        s.scales()[row] = rsqrtf(fmaxf(squares * by - mean * mean, 0) + a.eps) * scale;
+    }
+
+    __device__ void go_on() {
+        if (first >= a.parts) return;
+        const float2* const from = moments(tid) + first;
+        float2 x[2][kAtOnce];
+#pragma unroll
+        for (int i = 0; i < 2 * kAtOnce; ++i)
+            x[i % 2][i / 2] = first + i / 2 < a.parts ? from[i % 2 * kGroup * a.parts + i / 2] : make_float2(0, 0);
+#pragma unroll
+        for (int i = 0; i < 2 * kAtOnce; ++i) sums[i % 2][0] += x[i % 2][i / 2].x, sums[i % 2][1] += x[i % 2][i / 2].y;
+        first += kAtOnce;
+        if (first < a.parts) return;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) write(tid + i * kGroup, sums[i][0], sums[i][1]);
+        for (int i = tid; i < kColumns; i += kGroup)
+            s.bias()[i] = __ldg(a.bias + (i / kHeadWidth * a.heads + of.head) * kHeadWidth + i % kHeadWidth);
+        // Rows behind the 256th, a part a lane.
+        for (int row = kTiled + tid / 32; row < a.tokens; row += kFeederWarps) {
+            float sum = 0, squares = 0;
+            for (int part = tid % 32; part < a.parts; part += 32) {
+                const float2 x = moments(row)[part];
+                sum += x.x, squares += x.y;
+            }
+#pragma unroll
+            for (int bit = 1; bit < 32; bit *= 2)
+                sum += __shfl_xor_sync(~0u, sum, bit), squares += __shfl_xor_sync(~0u, squares, bit);
+            if (tid % 32 == 0) write(row, sum, squares);
+        }
+    }
+    __device__ void end() {
+        while (first < a.parts) go_on();
+    }
+};
+
+// Queries, keys or values of the rows behind the 256th: rows of the products are columns of the part.
+__device__ __forceinline__ void write_rest(const Shared& s, const float (&sums)[kRest / 2], int part, int tokens) {
+    const uint32_t thread = from_here_on(threadIdx.x % kGroup);
+    const int g = thread % 32 / 4, t = thread % 4;
+#pragma unroll
+    for (int i = 0; i < kRest / 2; ++i) {
+        const int token = kTiled + 2 * t + i % 2, place = thread / 32 * 16 + g + i / 2 * 8;
+        const float y = token < tokens ? s.scales()[token] * sums[i] + s.bias()[part * kHeadWidth + column_of(place)] : 0;
+        store_half(shared_address(s.part(part)) + chunk_of(token, place / 8) + place % 8 * 2, uint16_t(bfloat16_pair(y, 0)));
+    }
+}
+
+// Attention of a query behind the 256th, by the feeder: a thread has two keys, then eight columns of 16 values. Few instructions that
+// read memory, for these wait in a line with the mixers' exponentials.
+template <class Write>
+__device__ __forceinline__ void mix_query(const Shared& s, int query, int tokens, int tid, const Write& write) {
+    const int warp = tid / 32, lane = tid % 32;
+    constexpr int kKeys = 3;  // of a thread, the last one behind the 256th
+    const bool third = kTiled + warp * 32 < tokens;
+    float score[kKeys] = {};
+#pragma unroll 2
+    for (int chunk = 0; chunk < kTokenBytes / 16; ++chunk) {
+        float q[8], k[8];
+        load_values(q, s.part(0), query, chunk);
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+            if (i == 2 && !third) break;
+            load_values(k, s.part(1), i < 2 ? tid + i * kGroup : min(kTiled + tid, kMost - 1), chunk);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) score[i] += q[j] * k[j];
+        }
+    }
+    float most = -INFINITY, sum = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+        score[i] = tid + i * kGroup < tokens ? kScale * score[i] : -INFINITY;
+        most = fmaxf(most, score[i]);
+    }
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, bit));
+    if (lane == 0) *s.largest(warp) = most;
+    sync_part<kGroup>(2);
+    const float4 all = *reinterpret_cast<const float4*>(s.largest(0));
+    most = fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w));
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+        const float weight = exp2_fast(score[i] - most);
+        if (i < 2 || tid < kRest) s.weights_of_keys()[tid + i * kGroup] = weight;
+        sum += weight;
+    }
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+    if (lane == 0) *s.total(warp) = sum;
+    sync_part<kGroup>(2);
+    constexpr int kShare = kTiled / (kGroup / 8);  // of keys, of eight threads
+    const int first = tid / 8 * kShare, chunk = tid % 8;
+    float mixed[8] = {};
+    const auto add = [&](int key, float weight) {
+        float v[8];
+        load_values(v, s.part(2), key, chunk);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) mixed[j] += weight * v[j];
     };
-    RingPlace place, ahead;
-    const int begun = min(kBegun, a.steps);
-    for (int step = 0; step < begun; ++step, ahead.advance()) begin(ahead, step, Head(a, at.cluster, at.rank));
+#pragma unroll 1
+    for (int i = 0; i < kShare; i += 4) {
+        const float4 weights = *reinterpret_cast<const float4*>(s.weights_of_keys() + first + i);
+        add(first + i, weights.x), add(first + i + 1, weights.y), add(first + i + 2, weights.z), add(first + i + 3, weights.w);
+    }
+    if (kTiled + tid / 8 < tokens) add(kTiled + tid / 8, s.weights_of_keys()[kTiled + tid / 8]);
+    __syncwarp();
+    fold<4>(mixed, lane);
+    float four[4] = {mixed[0], mixed[1], mixed[2], mixed[3]};
+    fold<2, 16>(four, lane);
+    *reinterpret_cast<float2*>(s.mixed(warp) + chunk * 8 + lane / 16 * 4 + lane / 8 % 2 * 2) = make_float2(four[0], four[1]);
+    sync_part<kGroup>(2);
+    if (tid < kHeadWidth) {
+        const float4 totals = *reinterpret_cast<const float4*>(s.total(0));
+        float result = 0;
+#pragma unroll
+        for (int i = 0; i < kFeederWarps; ++i) result += s.mixed(i)[tid];
+        write(column_of(tid), __fdividef(result, totals.x + totals.y + totals.z + totals.w));
+    }
+}
+
+template <bool kLow>
+__device__ inline void feed(const Arguments& a, const Shared& s, const Place& at) {
+    const int tid = threadIdx.x % kGroup;
+    const float factor = a.out_scale ? 1 / *a.out_scale : 1, scale = kLow ? *a.input_scale * *a.weight_scale : 1;
+    const uint32_t rest = uniform(operand(s.rows(0) + kTiled * kStageDepth));
+    const uint32_t weights = uniform(operand(s.weights(0) + 2 * kHeadWidth * kStageDepth));
+    Fetcher<kLow> fetcher(a, s, at);
+    RingPlace place;
+    if (tid == 0) fetcher.begin();
     wait_for_inputs();
     for (int unit = at.cluster; unit < a.units; unit += at.clusters) {
         const Head head(a, unit, at.rank);
-        for (int step = 0; step < a.steps; ++step, place.advance()) {
-            if (unit != at.cluster || step >= begun) begin(place, step, head);
-            copy_box_to((1 << kCluster) - 1, s.rows(place.slot) + at.rank * kBoxBytes, &a.rows, step * kValues, at.rank * kBoxTokens,
-                        head.sample, s.full(place.slot));
-        }
-    }
-    // The other block arrives here until it has read what is shared.
-    for (int i = 0; i < kStages; ++i, place.advance()) wait_for(s.empty(place.slot), place.parity ^ 1);
-}
-
-// The workers: scales and biases of a head.
-template <bool kLow>
-__device__ inline void prepare(const Arguments& a, const Shared& s, const Head& of, int worker, bool first) {
-    for (int i = worker; i < kColumns; i += kWorkers)
-        s.bias()[i] = __ldg(a.bias + (i / kHeadWidth * a.heads + of.head) * kHeadWidth + i % kHeadWidth);
-    const float scale = kLow ? *a.input_scale * *a.weight_scale : 1;
-    if (first) wait_for_inputs();
-    for (int row = worker; row < kMostTokens; row += kWorkers) {
-        float sum = 0, squares = 0;
-        if (row < a.tokens)
-            for (int part = 0; part < a.parts; ++part) {
-                const float2 x = a.moments[(int64_t(of.sample) * a.tokens + row) * a.parts + part];
-                sum += x.x, squares += x.y;
+        Preparation preparation{a, s, head, tid, scale};
+        float sums[kRest / 2] = {};
+        int last = 0;
+        for (int step = 0; step < a.steps; ++step) {
+            __syncwarp();
+            wait_for(s.full(place.slot), place.parity);
+            const uint32_t stage = place.slot * (kStageBytes >> 4);
+            begin_products();
+            multiply_stage<kLow>(sums, weights + stage, rest + stage, step);
+            commit_products();
+            if (step) {
+                wait_products<1>();
+                release(s, last);
             }
-        const float mean = sum / a.depth;
-        s.scales()[row] = rsqrtf(fmaxf(squares / a.depth - mean * mean, 0) + a.eps) * scale;
-    }
-}
-
-// Queries, keys or values of the rows behind the 256th, by the warp that has this part: rows of the products are columns of the part.
-template <bool kLow, int kRest>
-__device__ inline void multiply_rest(const Arguments& a, const Shared& s, RingPlace& place, int part) {
-    constexpr int kBlocks = kHeadWidth / 16, kTokens = kRest / 8;  // of 16 columns; of 8 tokens
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int row = lane % 8, low = lane / 8 % 2, high = lane / 16;  // of the matrices whose rows this lane has the address of
-    float sums[kTokens][kBlocks][4] = {};
-    for (int step = 0; step < a.steps; ++step, place.advance()) {
-        wait_for(s.full(place.slot), place.parity);
-        const uint32_t rows = shared_address(s.rows(place.slot));
-        const uint32_t weights = shared_address(s.weights(place.slot) + part * kHeadWidth * kStageDepth);
-#pragma unroll 1
-        for (int k = 0; k < kStageDepth / 16; k += 4) {  // in chunks of 16 bytes, of which a product takes two
-            uint32_t token[kTokens][4];
-#pragma unroll
-            for (int i = 0; i < kTokens; ++i) load_matrices(token[i], rows + chunk_of(kTiled + 8 * i + row, k + lane / 8));
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int block = 0; block < kBlocks; ++block) {
-                    uint32_t column[4];
-                    load_matrices(column, weights + chunk_of(16 * block + 8 * low + row, k + 2 * half + high));
-#pragma unroll
-                    for (int i = 0; i < kTokens; ++i)
-                        mma_stage<kLow>(sums[i][block], column, token[i][2 * half], token[i][2 * half + 1]);
-                }
+            if (tid == 0 && (step || unit != at.cluster)) fetcher.fetch();
+            preparation.go_on();
+            last = place.slot;
+            place.advance();
         }
         __syncwarp();
-        if (step + 1 < a.steps) release(s, place.slot);
-    }
-    meet_users();
-    const uint32_t to = shared_address(s.part(part));
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i)
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int token = kTiled + 8 * i + 2 * t + j % 2, column = 16 * block + g + j / 2 * 8;
-                const float y = s.scales()[token] * sums[i][block][j] + s.bias()[part * kHeadWidth + column_of(column)];
-                store_half(to + chunk_of(token, column / 8) + column % 8 * 2, uint16_t(bfloat16_pair(y, 0)));
-            }
-    // Attention takes 16 tokens at a time, and what has no weight has to be a number.
-    for (int i = lane; i < (kMostTokens - kTiled - kRest) * kTokenBytes / 4; i += 32)
-        store_word(to + (kTiled + kRest) * kTokenBytes + 4 * i, 0);
-}
-
-template <bool kLow, int kRest>
-__device__ inline void work(const Arguments& a, const Shared& s, const Place& at, int worker) {
-    const float factor = a.out_scale ? 1 / *a.out_scale : 1;
-    RingPlace place;
-    for (int unit = at.cluster; unit < a.units; unit += at.clusters) {
-        const Head head(a, unit, at.rank);
-        prepare<kLow>(a, s, head, worker, unit == at.cluster);
-        multiply_rest<kLow, kRest>(a, s, place, worker / 32);
+        wait_products<0>();
+        settle(sums);
+        preparation.end();
+        meet_all();
+        write_rest(s, sums, 2, a.tokens);
+        // Mixers take 16 values at a time, and those that have no weight have to be numbers.
+        for (int i = tid; i < (kMostTokens - kMost) * kTokenBytes / 4; i += kGroup)
+            store_word(shared_address(s.part(2)) + kMost * kTokenBytes + 4 * i, 0);
         fence_async_shared();
-        meet_users();
-        const auto write = [&](int query, int column, float result, float total, float) {
-            result *= __fdividef(factor, total);
-            const int64_t to = head.out_offset(a, query) + column_of(column);
-            if (a.out_scale)
-                static_cast<uint8_t*>(a.out)[to] = uint8_t(e4m3_pair(result, 0));
-            else
-                static_cast<uint16_t*>(a.out)[to] = uint16_t(bfloat16_pair(result, 0));
-        };
-        mix_rest<kWorkers / 32>(shared_address(s.part(0)), shared_address(s.part(1)), shared_address(s.part(2)), s.found(), a.tokens,
-                                worker, write);
+        meet_all();
+        for (int query = kTiled; query < a.tokens; ++query)
+            mix_query(s, query, a.tokens, tid, [&](int column, float result) {
+                const int64_t to = head.out_offset(a, query) + column;
+                if (a.out_scale)
+                    static_cast<uint8_t*>(a.out)[to] = uint8_t(e4m3_pair(result * factor, 0));
+                else
+                    static_cast<uint16_t*>(a.out)[to] = uint16_t(bfloat16_pair(result, 0));
+            });
         __syncwarp();
         release(s, kStages - 1);
     }
+    if (tid == 0) fetcher.end();
+    __syncwarp();
 }
 
 // What a mixer has multiplied, to where attention reads it.
@@ -228,16 +351,19 @@ __device__ __forceinline__ void write_parts(const Shared& s, const float (&sums)
     for (int part = 0; part < kParts; ++part) {
         const uint32_t to = shared_address(s.part(part)) + row * kTokenBytes + 4 * t;
 #pragma unroll
-        for (int j = 0; j < kHeadWidth / 8; ++j) {
-            const float* bias = s.bias() + part * kHeadWidth + j / 4 * 32 + 8 * t + j % 4 * 2;
-            const float2 two = load_two_again(bias);
+        for (int of_32 = 0; of_32 < kHeadWidth / 32; ++of_32) {
+            const float* bias = s.bias() + part * kHeadWidth + of_32 * 32 + 8 * t;
+            const float4 low = load_four_again(bias), high = load_four_again(bias + 4);
+            const float of[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-            for (int i = 0; i < 2 * kTiles; ++i) {
-                const float* sum = sums[i / 2] + 4 * (part * kHeadWidth / 8 + j) + i % 2 * 2;
-                const float by = scale[i / 2][i % 2];
-                store_word(to + (i / 2 * (kMixers * 64) + i % 2 * 8) * kTokenBytes + (j ^ g) * 16,
-                           bfloat16_pair(by * sum[0] + two.x, by * sum[1] + two.y));
-            }
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int i = 0; i < 2 * kTiles; ++i) {
+                    const float* sum = sums[i / 2] + 4 * (part * kHeadWidth / 8 + of_32 * 4 + j) + i % 2 * 2;
+                    const float by = scale[i / 2][i % 2];
+                    store_word(to + (i / 2 * (kMixers * 64) + i % 2 * 8) * kTokenBytes + ((of_32 * 4 + j) ^ g) * 16,
+                               bfloat16_pair(by * sum[0] + of[2 * j], by * sum[1] + of[2 * j + 1]));
+                }
         }
     }
 }
@@ -263,11 +389,13 @@ __device__ __forceinline__ void write_mixed(const Arguments& a, const Head& head
     }
 }
 
-template <bool kLow, int kRest>
+template <bool kLow>
 __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Shared& s, const Place& at, int mixer) {
     const float factor = a.out_scale ? 1 / *a.out_scale : 1;
     // uniform, so that operands are named by registers that can be counted up
     const uint32_t rows = uniform(operand(s.rows(0) + mixer * 64 * kStageDepth)), weights = uniform(operand(s.weights(0)));
+    const uint32_t rest_rows = uniform(operand(s.rows(0) + kTiled * kStageDepth));
+    const uint32_t weights_of_rest = uniform(operand(s.weights(0) + mixer * kHeadWidth * kStageDepth));
     const uint32_t queries = uniform(operand(s.part(0))), keys = uniform(operand(s.part(1))), values = uniform(operand(s.part(2)));
     uint32_t turns = 0;
     RingPlace place;
@@ -275,7 +403,7 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
     wait_for_inputs();
     for (int unit = at.cluster; unit < a.units; unit += at.clusters) {
         {
-            float sums[kTiles][kColumns / 2] = {};  // else they would have registers during attention too
+            float sums[kTiles][kColumns / 2] = {}, rest[kRest / 2] = {};  // else they would have registers during attention too
             int last = 0;
             for (int step = 0; step < a.steps; ++step) {
                 wait_for(s.full(place.slot), place.parity);
@@ -284,6 +412,7 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
 #pragma unroll
                 for (int i = 0; i < kTiles; ++i)
                     multiply_stage<kLow>(sums[i], rows + stage + i * (kMixers * 64 * kStageDepth >> 4), weights + stage, step);
+                multiply_stage<kLow>(rest, weights_of_rest + stage, rest_rows + stage, step);
                 commit_products();
                 if (step) {
                     wait_products<1>();
@@ -295,32 +424,34 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
             wait_products<0>();
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) settle(sums[i]);
-            meet_users();
+            settle(rest);
+            meet_all();
+            write_rest(s, rest, mixer, a.tokens);
             write_parts(s, sums, mixer);
         }
         fence_async_shared();
-        meet_users();
+        meet_all();
         const Head head(a, unit, at.rank);
 #pragma unroll 1
         for (int tile = 0; tile < kTiles; ++tile) {
             const int first = (tile * kMixers + mixer) * kTileQueries;
             Mixed mixed;
             const auto start = [&] { wait_for(s.turn(mixer), turns++ & 1); };
-            mix_tile<kRest>(mixed, queries + first * (kTokenBytes >> 4), keys, values, a.tokens, start, s.turn(1 - mixer));
+            mix_tile<8>(mixed, queries + first * (kTokenBytes >> 4), keys, values, a.tokens, start, s.turn(1 - mixer));
             if (tile + 1 == kTiles) release(s, kStages - 1);
             write_mixed(a, head, mixed, first, factor);
         }
     }
 }
 
-template <bool kLow, int kRest>
+template <bool kLow>
 static __global__ void __cluster_dims__(kCluster) __launch_bounds__(kBlockThreads, 1) kernel(const __grid_constant__ Arguments a) {
     const Shared s{aligned_shared()};
-    const int group = int(uniform(threadIdx.x / kGroup)), in_group = threadIdx.x % kGroup;
+    const int group = int(uniform(threadIdx.x / kGroup));
     const Place at{int(cluster_rank()), int(blockIdx.x) / kCluster, int(gridDim.x) / kCluster};
     if (threadIdx.x == 0) {
         prefetch_map(&a.rows), prefetch_map(&a.weights);
-        for (int i = 0; i < kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), kUsers / 32 * kCluster);
+        for (int i = 0; i < kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), kBlockThreads / 32 * kCluster);
         for (int i = 0; i < kMixers; ++i) init_barrier(s.turn(i), kGroup / 32);
         publish_barriers();
     }
@@ -328,13 +459,10 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(kBlockThread
     let_next_start();
     if (group < kMixers) {
         take_registers<kMixerRegisters>();
-        multiply_and_mix<kLow, kRest>(a, s, at, group);
+        multiply_and_mix<kLow>(a, s, at, group);
     } else {
         give_registers<kFeederRegisters>();
-        if (in_group == 0)
-            fetch_all<kLow>(a, s, at);
-        else if (in_group >= 32)
-            work<kLow, kRest>(a, s, at, in_group - 32);
+        feed<kLow>(a, s, at);
     }
 }
 

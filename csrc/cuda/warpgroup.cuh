@@ -112,6 +112,16 @@ __device__ __forceinline__ uint16_t e4m3_pair(float low, float high) {
     return both;
 }
 
+// Of four e4m3 values.
+__device__ __forceinline__ void values_of_e4m3(float* to, uint32_t four) {
+    uint32_t low, high;
+    asm("{\n\t.reg .b16 a, b;\n\tmov.b32 {a, b}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, a;\n\tcvt.rn.f16x2.e4m3x2 %1, b;\n\t}"
+        : "=r"(low), "=r"(high)
+        : "r"(four));
+    const float2 x = __half22float2(reinterpret_cast<const __half2&>(low)), y = __half22float2(reinterpret_cast<const __half2&>(high));
+    to[0] = x.x, to[1] = x.y, to[2] = y.x, to[3] = y.y;
+}
+
 // Operands of the products below are rows of 64 values as `operand` has them. A thread has of results what it has in
 // `multiply_64x56`. All instructions of a product are in one asm, with the fence in front of them, so that the compiler
 // computes none of their registers behind it.
@@ -237,8 +247,12 @@ __device__ __forceinline__ void wait_values(float (&d)[32]) {
 #define BLDM_APPLY(form, ...) form(__VA_ARGS__)
 #define BLDM_LIST(...) __VA_ARGS__
 
-// d = a b^T, or with `added` d += a b^T, over k of 128 bytes, in e4m3 (kLow) or bfloat16: a of 64 rows, b of 64, 128 or 192.
+// d = a b^T, or with `added` d += a b^T, over k of 128 bytes, in e4m3 (kLow) or bfloat16: a of 64 rows, b of 8, 64, 128 or 192.
 // Between `begin_products` and `commit_products`; results are there behind `wait_products` and `settle`.
+template <bool kLow>
+__device__ __forceinline__ void multiply_stage(float (&d)[4], uint32_t a, uint32_t b, uint32_t added) {
+    BLDM_EITHER("8", BLDM_LIST("%0, %1, %2, %3", "4", "5", "6"), BLDM_LIST(BLDM_4("+f", d, 0)));
+}
 template <bool kLow>
 __device__ __forceinline__ void multiply_stage(float (&d)[32], uint32_t a, uint32_t b, uint32_t added) {
     BLDM_EITHER("64", BLDM_LIST(BLDM_TEN("") BLDM_TEN("1") BLDM_TEN("2") "%30, %31", "32", "33", "34"),
@@ -261,6 +275,7 @@ __device__ __forceinline__ void multiply_stage(float (&d)[96], uint32_t a, uint3
 }
 
 // Behind `wait_products`, so that the compiler uses no results before.
+__device__ __forceinline__ void settle(float (&d)[4]) { asm volatile("" : BLDM_4("+f", d, 0)); }
 __device__ __forceinline__ void settle(float (&d)[32]) { asm volatile("" : BLDM_16("+f", d, 0), BLDM_16("+f", d, 16)); }
 __device__ __forceinline__ void settle(float (&d)[64]) { asm volatile("" : BLDM_64("+f", d, 0)); }
 __device__ __forceinline__ void settle(float (&d)[96]) {

@@ -17,11 +17,8 @@ extern "C" const char* run(int clusters, unsigned seed, long low, const void* ro
     static std::string error;
     error.clear();
     try {
-        emulator::launch(kCluster * std::min(clusters, a.units), attend::kBlockThreads, kCluster, kSharedBytes, seed, [a, low, tokens] {
-            if (tokens <= attend::kTiled + 8)
-                low ? kernel<true, 8>(a) : kernel<false, 8>(a);
-            else
-                low ? kernel<true, 16>(a) : kernel<false, 16>(a);
+        emulator::launch(kCluster * std::min(clusters, a.units), attend::kBlockThreads, kCluster, kSharedBytes, seed, [a, low] {
+            low ? kernel<true>(a) : kernel<false>(a);
         });
     } catch (const std::exception& e) {
         error = e.what();

@@ -169,17 +169,9 @@ inline void multiply_64x56(float (&d)[28], uint32_t a, uint32_t b) {
     }
 }
 
-// m16n8 of a warp, in bfloat16 or (kLow) e4m3; the fragments are those of mma.cuh, of 32 bytes of k.
-template <bool kLow>
-void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-    constexpr int kBits = kLow ? 8 : 16, kIn = 32 / kBits;  // of a value; values in a word
-    const auto value = [](uint32_t word, int i) {
-        const uint32_t bits = word >> i * kBits;
-        if constexpr (kLow)
-            return from_e4m3(uint8_t(bits));
-        else
-            return from_bfloat16(uint16_t(bits));
-    };
+// m16n8k16 of a warp, in bfloat16; the fragments are those of mma.cuh.
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
     auto& words = emulator::warp().words;
     const int lane = machine.lane(), g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) words[lane][i] = a[i];
@@ -189,22 +181,13 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
     for (int i = 0; i < 4; ++i) {
         const int row = g + i / 2 * 8, column = 2 * t + i % 2;
         out[i] = c[i];
-        for (int k = 0; k < 8 * kIn; ++k) {
-            const int word = k / kIn % 4, half = k / kIn / 4;
-            const uint32_t x = words[row % 8 * 4 + word][row / 8 + half * 2], y = words[column * 4 + word][4 + half];
-            out[i] += value(x, k % kIn) * value(y, k % kIn);
+        for (int k = 0; k < 16; ++k) {
+            const uint32_t x = words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], y = words[column * 4 + k % 8 / 2][4 + k / 8];
+            out[i] += from_bfloat16(uint16_t(x >> k % 2 * 16)) * from_bfloat16(uint16_t(y >> k % 2 * 16));
         }
     }
     emulator::meet_warp();
     for (int i = 0; i < 4; ++i) d[i] = out[i];
-}
-template <class T>
-void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-    multiply_fragments<false>(d, a, b0, b1, c);
-}
-template <bool kLow>
-void mma_stage(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply_fragments<kLow>(d, a, b0, b1, d);
 }
 
 // The 8 x 8 matrices of a warp, by the addresses of their rows: element (row, column) of matrix i.
