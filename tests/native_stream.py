@@ -53,7 +53,7 @@ def read_stream(
     dtype, vector = E4M3 if low else torch.bfloat16, (torch.float32, columns)
     scales = (at(address, torch.float32, 1) for address in (stream_scale_ptr, weight_scale_ptr))
     reader = Reader(there(weight_ptr, dtype, columns, depth), there(bias_ptr, *vector), *scales, eps)
-    x, moments = there(stream_ptr, dtype, rows, depth), there(moments_ptr, torch.float32, rows, parts, 2)
+    x, moments = there(stream_ptr, dtype, rows, depth), there(moments_ptr, torch.float32, parts, rows, 2)
     assert low == (stream_scale_ptr != 0) and (out_scale_ptr != 0) == (gelu and low)
     y = plain_read(Stream(x.bfloat16(), moments, x if low else None), reader, gelu)
     out_scale = at(out_scale_ptr, torch.float32, 1)
@@ -90,8 +90,8 @@ def add_to_stream(
         nothing = torch.zeros(0)
         left = plain_enter(added, Reader(nothing, nothing, stream_scale, None, 0.0))
         assert left.moments is not None
-        moments = there(moments_ptr, torch.float32, rows, PARTS, 2)
-        moments.zero_()[:, :1] = left.moments
+        moments = there(moments_ptr, torch.float32, PARTS, rows, 2)
+        moments.zero_()[:1] = left.moments
         if left.low is not None:
             there(stream_ptr, E4M3, rows, columns).copy_(left.low)
 

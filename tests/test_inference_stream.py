@@ -100,7 +100,7 @@ def test_the_plain_form_is_the_modules(gelu: bool) -> None:
     left = add(x, prepare_adder(weights), Stream(before.clone()), later)
     assert error(left.h, before + gamma * linear(x)) < 1e-12
     moments = left.moments
-    assert moments is not None and error(moments.sum(1), torch.stack([left.h.sum(1), left.h.square().sum(1)], 1)) < 1e-12
+    assert moments is not None and error(moments.sum(0), torch.stack([left.h.sum(1), left.h.square().sum(1)], 1)) < 1e-12
     assert add(x, prepare_adder(weights), Stream(before.clone())).moments is None
 
 
@@ -140,10 +140,10 @@ def test_enter(rows: int, columns: int, low: bool, triton_kernels: None) -> None
     got, expected = enter(h, reader, offset), plain_enter(h.double(), reader)
     assert got.h is h and got.moments is not None and expected.moments is not None
     torch.testing.assert_close(h.double(), whole, rtol=2**-7, atol=0)  # rounded; the interpreter cuts off
-    assert got.moments.shape == (rows, 1, 2) and got.moments.dtype == torch.float32
+    assert got.moments.shape == (1, rows, 2) and got.moments.dtype == torch.float32
     size = h.double().abs().sum(1)  # sums may be of both signs
-    assert ((got.moments[:, 0, 0] - expected.moments[:, 0, 0]).abs() <= 1e-5 * size).all()
-    torch.testing.assert_close(got.moments[:, 0, 1].double(), expected.moments[:, 0, 1], rtol=1e-5, atol=0)
+    assert ((got.moments[0, :, 0] - expected.moments[0, :, 0]).abs() <= 1e-5 * size).all()
+    torch.testing.assert_close(got.moments[0, :, 1].double(), expected.moments[0, :, 1], rtol=1e-5, atol=0)
     if low:
         assert got.low is not None and expected.low is not None and error(got.low, expected.low) < 1e-2
     else:
@@ -191,10 +191,10 @@ def test_add(shape: tuple[int, int, int], low: bool, last: bool, stream_kernels:
     left = plain_enter(expected.double(), reader)
     assert one_way.moments is not None and again.moments is not None and left.moments is not None
     assert torch.equal(one_way.moments, again.moments)
-    sums, size = one_way.moments.double().sum(1), expected.double().abs().sum(1)
+    sums, size = one_way.moments.double().sum(0), expected.double().abs().sum(1)
     limit = 1e-3 if low else 1e-4  # the tensor cores add e4m3 products up to 14 bits or so
-    assert ((sums[:, 0] - left.moments[:, 0, 0]).abs() <= limit * size).all()
-    torch.testing.assert_close(sums[:, 1], left.moments[:, 0, 1], rtol=2 * limit, atol=0)
+    assert ((sums[:, 0] - left.moments[0, :, 0]).abs() <= limit * size).all()
+    torch.testing.assert_close(sums[:, 1], left.moments[0, :, 1], rtol=2 * limit, atol=0)
     if low:
         assert one_way.low is not None and again.low is not None and left.low is not None
         assert error(one_way.low, left.low) < 2e-2
@@ -264,10 +264,10 @@ def test_errors_name_the_argument() -> None:
         r"reader: expected one of h \(6, 32\)": lambda: enter(inputs(6, 32), reader),
         r"stream.h: expected a contiguous \(M, K\)": lambda: read(stream._replace(h=x.mT), reader),
         "stream.moments: expected a torch.Tensor": lambda: read(Stream(x), reader),
-        r"stream.moments: expected a contiguous \(6, parts, 2\)": lambda: read(
-            Stream(x, torch.zeros(5, 1, 2, device=DEVICE)), reader
+        r"stream.moments: expected a contiguous \(parts, 6, 2\)": lambda: read(
+            Stream(x, torch.zeros(1, 5, 2, device=DEVICE)), reader
         ),
-        "stream.moments: expected dtype float32": lambda: read(Stream(x, torch.zeros(6, 1, 2).double()), reader),
+        "stream.moments: expected dtype float32": lambda: read(Stream(x, torch.zeros(1, 6, 2).double()), reader),
         "stream.low: expected a torch.Tensor": lambda: read(stream, low),
         r"stream.low: expected a contiguous \(6, 48\)": lambda: read(stream._replace(low=x.to(E4M3)[:5]), low),
         "offset: expected shape": lambda: enter(x, reader, offset_of(47)),

@@ -105,7 +105,7 @@ def check_read(
     h = (torch.randn(rows, depth) * (0.5 + torch.rand(rows, 1)) + torch.randn(rows, 1)).bfloat16()
     x, bias = h.double(), torch.randn(columns)
     parted = x.tensor_split(parts, 1)
-    moments = torch.stack([torch.stack([part.sum(1), (part**2).sum(1)], -1) for part in parted], 1).float()
+    moments = torch.stack([torch.stack([part.sum(1), (part**2).sum(1)], -1) for part in parted]).float()
     stream_scale = scale_of(x) if low else None
     stream = h if stream_scale is None else (x / stream_scale).to(E4M3)
     read = x if stream_scale is None else stream.double() * stream_scale
@@ -141,7 +141,7 @@ def check_add(
     library.sizes(how.shape, sizes)
     _, tile, wide = sizes
     parts = -(-columns // tile) * (tile // wide)  # the last ones perhaps behind all columns
-    new_h, moments = Output(rows, columns, torch.bfloat16, h), Output(rows, 2 * parts, torch.float32)
+    new_h, moments = Output(rows, columns, torch.bfloat16, h), Output(parts * rows, 2, torch.float32)
     stream = Output(rows, columns, E4M3)
     of_next: dict[str, Any] = {"new_moments": moments.all} if is_read else {}
     if is_read and low:
@@ -153,7 +153,7 @@ def check_add(
     if not is_read:
         return [got]
     parted = F.pad(expected, (0, parts * wide - columns)).unflatten(1, (parts, wide))
-    sums = torch.stack([parted.sum(2), (parted**2).sum(2)], -1)
+    sums = torch.stack([parted.sum(2), (parted**2).sum(2)], -1).transpose(0, 1)
     torch.testing.assert_close(moments.check().double().view_as(sums), sums, rtol=1e-5, atol=2e-3)
     if not low:
         return [got, moments.tensor]
@@ -228,7 +228,7 @@ def test_gelu_far_below_0_and_above_what_e4m3_holds(emulated: ctypes.CDLL) -> No
     weights, weight_scale, _ = make_operand(64, 64, True)
     rows, input_scale, _ = make_operand(10, 64, True)
     bias = torch.tensor([-1500.0, 1500.0, -3e4, 3e4]).repeat(16)
-    moments = torch.tensor([[0.0, 64.0]]).repeat(10, 1, 1)
+    moments = torch.tensor([[0.0, 64.0]]).repeat(1, 10, 1)
     for out_scale in (1e-2, 1e-7):
         out = Output(10, 64, E4M3)
         of_stream = {"moments": moments, "parts": 1, "input_scale": input_scale, "weight_scale": weight_scale}

@@ -40,7 +40,7 @@ def check(
     weights, weight_scale, w = make_operand(3 * heads * 64, depth, low, depth**-0.5)
     h = (torch.randn(samples, tokens, depth) * (0.5 + torch.rand(samples, tokens, 1)) + torch.randn(samples, tokens, 1)).bfloat16()
     x, bias = h.double(), torch.randn(3 * heads * 64)
-    moments = torch.stack([torch.stack([part.sum(-1), (part**2).sum(-1)], -1) for part in x.tensor_split(parts, -1)], 2).float()
+    moments = torch.stack([torch.stack([part.sum(-1), (part**2).sum(-1)], -1) for part in x.tensor_split(parts, -1)]).float()
     stream_scale = scale_of(x) if low else None
     stream = h if stream_scale is None else (x / stream_scale).to(E4M3)
     read = x if stream_scale is None else stream.double() * stream_scale

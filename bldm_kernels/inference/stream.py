@@ -33,7 +33,7 @@ COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are
 class Stream(NamedTuple):
     """The residual stream, and what its next reader needs of it.
 
-    h (M, W): bfloat16 for the kernels. moments (M, parts, 2): sum and sum of squares over parts of the columns, float32 (float64
+    h (M, W): bfloat16 for the kernels. moments (parts, M, 2): sum and sum of squares over parts of the columns, float32 (float64
     for float64 h); None: nobody reads it next. low (M, W): for a reader in e4m3, h / its input_scale.
     """
 
@@ -126,7 +126,7 @@ def plain_enter(h: Tensor, reader: Reader) -> Stream:
     """The specification of what `enter` leaves of h as it then is, in float64 for float64 h, else float32."""
     x = h.to(_exact(h))
     low = None if reader.input_scale is None else to_e4m3(x, reader.input_scale)
-    return Stream(h, torch.stack([x.sum(1), x.square().sum(1)], 1).unsqueeze(1), low)
+    return Stream(h, torch.stack([x.sum(1), x.square().sum(1)], 1).unsqueeze(0), low)
 
 
 def plain_read(stream: Stream, reader: Reader, gelu: bool = False) -> Tensor:
@@ -139,7 +139,7 @@ def plain_read(stream: Stream, reader: Reader, gelu: bool = False) -> Tensor:
         assert stream.low is not None
         y = F.linear(stream.low.to(exact), weight) * (reader.input_scale * reader.weight_scale).to(exact)
     assert stream.moments is not None
-    mean, squares = (stream.moments.to(exact).sum(1) / stream.h.shape[1]).split(1, dim=1)
+    mean, squares = (stream.moments.to(exact).sum(0) / stream.h.shape[1]).split(1, dim=1)
     r = ((squares - mean**2).clamp(min=0) + reader.eps).rsqrt()
     y = r * y + reader.bias
     return F.gelu(y) if gelu else y
@@ -178,7 +178,7 @@ def enter(h: Tensor, reader: Reader, offset: Tensor | None = None, *, pdl: bool 
     from .triton import stream as kernels
 
     low = torch.empty_like(h, dtype=E4M3) if reader.low else None
-    stream = Stream(h, h.new_empty(len(h), 1, 2, dtype=torch.float32), low)
+    stream = Stream(h, h.new_empty(1, len(h), 2, dtype=torch.float32), low)
     kernels.enter(stream, reader, offset, pdl)
     return stream
 
@@ -211,7 +211,7 @@ def read(stream: Stream, reader: Reader, *, gelu: bool = False, out_scale: Tenso
         reader.low,
         *(len(h), len(reader.weight), h.shape[1]),
         *_addresses(reader.input_scale, reader.weight_scale, reader.bias, moments),
-        *(moments.shape[1], reader.eps, gelu),
+        *(len(moments), reader.eps, gelu),
         *_addresses(out_scale, out),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
     )
@@ -252,7 +252,7 @@ def attend(
         *_addresses(low if reader.low else h, reader.weight),
         *(reader.low, batch, len(h) // batch, num_heads, h.shape[1]),
         *_addresses(reader.input_scale, reader.weight_scale, reader.bias, moments),
-        *(moments.shape[1], reader.eps),
+        *(len(moments), reader.eps),
         *_addresses(out_scale, out),
         *(pdl, h.get_device(), torch.cuda.current_stream(h.device).cuda_stream),
     )
@@ -294,7 +294,7 @@ def add(x: Tensor, weights: Weights, stream: Stream, reader: Reader | None = Non
     if reader is not None:
         parts = _native().moments_parts(*sizes, low, h.get_device())
         copy = None if not reader.low else torch.empty_like(h, dtype=E4M3) if stream.low is None else stream.low
-        left = Stream(h, h.new_empty(len(h), parts, 2, dtype=torch.float32), copy)
+        left = Stream(h, h.new_empty(parts, len(h), 2, dtype=torch.float32), copy)
     _native().add_to_stream(
         *_addresses(x, weights.weight),
         low,
@@ -323,8 +323,8 @@ def _check_stream(stream: Stream, reader: Reader) -> Tensor:
     _check_reader(reader, "stream.h", h)
     moments = checks.tensor("stream.moments", stream.moments, (_exact(h),))
     checks.same_device("stream.moments", moments, "stream.h", h)
-    if moments.dim() != 3 or len(moments) != len(h) or moments.shape[2] != 2 or not moments.is_contiguous():
-        raise ValueError(f"stream.moments: expected a contiguous ({len(h)}, parts, 2), got shape {tuple(moments.shape)}")
+    if moments.dim() != 3 or moments.shape[1:] != (len(h), 2) or not moments.is_contiguous():
+        raise ValueError(f"stream.moments: expected a contiguous (parts, {len(h)}, 2), got shape {tuple(moments.shape)}")
     if reader.low:
         _check_low(stream.low, h)
     return moments

@@ -104,14 +104,14 @@ void layer_stack(void* h, uint8_t* stream, uint8_t* qkv, uint8_t* mixed, uint8_t
 // inference/stream.py orders them; both operands bfloat16, or (low) e4m3. Columns are a multiple of 32; bias (columns,) is
 // float32. early: as in `attention`, but weights, vectors and scales are read before. Only for compute capability 9.0.
 //
-// out = LayerNorm(h) W^T + bias, or GELU of it, from the stream as it is: h, or (low) h / stream_scale. moments: of h, float32 (rows,
-// parts, 2), parts of the sum and the sum of squares. The rows of W add up to 0. out is bfloat16, or behind GELU and low e4m3, divided by
+// out = LayerNorm(h) W^T + bias, or GELU of it, from the stream as it is: h, or (low) h / stream_scale. moments: of h, float32 (parts,
+// rows, 2), parts of the sum and the sum of squares. The rows of W add up to 0. out is bfloat16, or behind GELU and low e4m3, divided by
 // out_scale.
 void read_stream(const void* stream, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                  const float* stream_scale, const float* weight_scale, const float* bias, const float* moments, int64_t parts,
                  float eps, bool gelu, const float* out_scale, void* out, bool early, int device,
                  cudaStream_t cuda_stream);
-// h += x W^T + bias, and what the next one reads, unless moments is null: moments (rows, moments_parts, 2) of the new h, and (low)
+// h += x W^T + bias, and what the next one reads, unless moments is null: moments (moments_parts, rows, 2) of the new h, and (low)
 // that divided by stream_scale, in e4m3.
 void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, int64_t columns, int64_t depth,
                    const float* input_scale, const float* weight_scale, const float* bias, void* h, const float* stream_scale,

@@ -95,7 +95,7 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
                 float sum = 0, squares = 0;
                 if (first_row + row < a.num_rows)
                     for (int part = 0; part < a.parts; ++part) {
-                        const float2 x = a.moments[int64_t(first_row + row) * a.parts + part];
+                        const float2 x = a.moments[int64_t(part) * a.num_rows + first_row + row];
                         sum += x.x, squares += x.y;
                     }
                 const float mean = sum / a.depth, variance = squares / a.depth - mean * mean;

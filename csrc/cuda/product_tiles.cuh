@@ -279,7 +279,7 @@ struct Part {
                 moments[r][i] += __shfl_xor_sync(~0u, moments[r][i], 2);
             }
             if (threadIdx.x % 4 == 0 && row + 8 * r < a.num_rows && part < parts)
-                a.new_moments[int64_t(row + 8 * r) * parts + part] = make_float2(moments[r][0], moments[r][1]);
+                a.new_moments[int64_t(part) * a.num_rows + row + 8 * r] = make_float2(moments[r][0], moments[r][1]);
         }
     }
 };

@@ -18,7 +18,7 @@ void attend_to_stream(const void* stream, const void* weights, bool low, int64_t
     Arguments a{};
     a.rows = map_of(stream, low, samples, tokens, depth, attend::kBoxTokens);
     a.weights = map_of(weights, low, 1, 3 * heads * attend::kHeadWidth, depth, attend::kHeadWidth);
-    a.tokens = int(tokens), a.heads = int(heads), a.steps = int(bytes / kStageDepth), a.units = int(samples * heads / kCluster);
+    a.tokens = int(tokens), a.heads = int(heads), a.num_rows = int(samples * tokens), a.steps = int(bytes / kStageDepth), a.units = int(samples * heads / kCluster);
     a.input_scale = stream_scale, a.weight_scale = weight_scale, a.bias = bias;
     a.moments = reinterpret_cast<const float2*>(moments), a.parts = int(parts), a.depth = int(depth), a.eps = eps;
     a.out = out, a.out_scale = out_scale;

@@ -33,6 +33,7 @@ static_assert(kStageBytes <= 2 * kPartBytes && kRowBytes == 2 * kBoxBytes);
 struct Arguments {
     TensorMap rows, weights;  // (k, tokens, samples) in boxes of kBoxTokens, (k, 3 W) in boxes of kHeadWidth
     int tokens, heads;        // of a sample
+    int num_rows;
     int steps, units;         // of k; pairs of heads of all samples
     const float *input_scale, *weight_scale;  // of e4m3
     const float* bias;
@@ -158,7 +159,9 @@ struct Preparation {
     float sums[2][2] = {};
     int first = 0;  // part
 
-    __device__ const float2* moments(int row) const { return a.moments + (int64_t(of.sample) * a.tokens + row) * a.parts; }
+    __device__ const float2* moments(int row, int part) const {
+        return a.moments + int64_t(part) * a.num_rows + of.sample * a.tokens + row;
+    }
 
     __device__ void write(int row, float sum, float squares) const {
         const float by = 1.f / a.depth, mean = sum * by;
@@ -167,11 +170,10 @@ struct Preparation {
 
     __device__ void go_on() {
         if (first >= a.parts) return;
-        const float2* const from = moments(tid) + first;
         float2 x[2][kAtOnce];
 #pragma unroll
         for (int i = 0; i < 2 * kAtOnce; ++i)
-            x[i % 2][i / 2] = first + i / 2 < a.parts ? from[i % 2 * kGroup * a.parts + i / 2] : make_float2(0, 0);
+            x[i % 2][i / 2] = first + i / 2 < a.parts ? *moments(tid + i % 2 * kGroup, first + i / 2) : make_float2(0, 0);
 #pragma unroll
         for (int i = 0; i < 2 * kAtOnce; ++i) sums[i % 2][0] += x[i % 2][i / 2].x, sums[i % 2][1] += x[i % 2][i / 2].y;
         first += kAtOnce;
@@ -184,7 +186,7 @@ struct Preparation {
         for (int row = kTiled + tid / 32; row < a.tokens; row += kFeederWarps) {
             float sum = 0, squares = 0;
             for (int part = tid % 32; part < a.parts; part += 32) {
-                const float2 x = moments(row)[part];
+                const float2 x = *moments(row, part);
                 sum += x.x, squares += x.y;
             }
 #pragma unroll

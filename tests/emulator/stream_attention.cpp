@@ -10,7 +10,7 @@ extern "C" const char* run(int clusters, unsigned seed, long low, const void* ro
     Arguments a{};
     a.rows = {rows, {int(depth), int(tokens), int(samples)}, attend::kBoxTokens, bytes};
     a.weights = {weights, {int(depth), int(3 * heads * attend::kHeadWidth), 1}, attend::kHeadWidth, bytes};
-    a.tokens = int(tokens), a.heads = int(heads), a.steps = int(depth * bytes / kStageDepth), a.units = int(samples * heads / kCluster);
+    a.tokens = int(tokens), a.heads = int(heads), a.num_rows = int(samples * tokens), a.steps = int(depth * bytes / kStageDepth), a.units = int(samples * heads / kCluster);
     a.input_scale = input_scale, a.weight_scale = weight_scale, a.bias = bias;
     a.moments = reinterpret_cast<const float2*>(moments), a.parts = int(parts), a.depth = int(depth), a.eps = eps;
     a.out = out, a.out_scale = out_scale;
