@@ -3,10 +3,10 @@
 //
 // A block takes heads in turn, the two blocks of a cluster neighbouring heads of the same sample, of whose rows of the stream each
 // one fetches half for both. Its mixers multiply 128 rows each with the head's 192 rows of weights, write what comes out to shared
-// memory, where attention reads it, and mix. The third warpgroup, the feeder, fetches stages of 128 bytes of k. The few rows behind the
-// 256th are the columns of products whose rows are the weights of queries, keys or values: one more for each of the three warpgroups.
-// In attention they are the feeder's, without the tensor cores, which the mixers need. Memory is too small for three stages beside
-// keys and values: these are where the last stage of a head is, which is given back when they have been mixed.
+// memory, where attention reads it, and mix. The few rows behind the 256th are columns of small products beside theirs, whose rows are
+// the weights of queries, keys or values. The third warpgroup, the feeder, fetches stages of 128 bytes of k, which must not wait for
+// anything else, and mixes for the queries behind the 256th, without the tensor cores, which the mixers need. Memory is too small for
+// three stages beside keys and values: these are where the last stage of a head is, which is given back when they have been mixed.
 //
 // The columns of queries, keys and values are in the order of the weights' rows (inference/stream.py): it is the same in queries
 // and keys, and of the result it makes eight columns of a row neighbours in a thread.
@@ -20,10 +20,11 @@ constexpr int kCluster = 2, kParts = 3, kColumns = kParts * kHeadWidth;
 constexpr int kStageDepth = 128;  // bytes of k
 constexpr int kRowBytes = kMostTokens * kStageDepth, kStageBytes = kRowBytes + kColumns * kStageDepth;
 constexpr int kStages = 3;           // of which a head takes a multiple, so that its last one is the third
+constexpr int kPreparers = kGroup - 32;  // threads
 constexpr int kAhead = kStages - 1;  // as many are fetched ahead
 constexpr int kRest = 8, kMost = kTiled + kRest;  // tokens behind the 256th, at most; tokens
 // Of those that a block starts with, 168 a thread.
-constexpr int kMixerRegisters = 224, kFeederRegisters = 56;
+constexpr int kMixerRegisters = 232, kFeederRegisters = 40;
 static_assert(2 * kMixerRegisters + kFeederRegisters <= 3 * 168);
 constexpr int kTiles = kTiled / 64 / kMixers;  // of 64 rows, of a mixer
 // Of a query behind the 256th: weights, their largest exponent and sum by every warp, and mixed values by every warp.
@@ -94,7 +95,7 @@ struct RingPlace {
     }
 };
 
-// A warp needs a stage no more.
+// A warp of a mixer needs a stage no more.
 __device__ __forceinline__ void release(const Shared& s, int slot) {
     if (threadIdx.x % 32 < kCluster) arrive_at(s.empty(slot), threadIdx.x % 32);
 }
@@ -137,10 +138,15 @@ struct Fetcher {
     __device__ void fetch() {
         if (step == a.steps) step = 0, unit += at.clusters;
         if (unit >= a.units) return;
+        // The feeder uses the last stage for attention alone.
+        if (place.slot == kStages - 1 && step >= kStages) release_by_feeder();
         wait_for(s.empty(place.slot), place.parity ^ 1);
         fetch_weights(place.slot, step);
         fetch_rows(place.slot, step);
         ++step, place.advance();
+    }
+    __device__ void release_by_feeder() const {
+        for (int rank = 0; rank < kCluster; ++rank) arrive_at(s.empty(kStages - 1), rank);
     }
     // The other block arrives here until it has read what is shared.
     __device__ void end() {
@@ -148,57 +154,27 @@ struct Fetcher {
     }
 };
 
-// Biases of a head and scales of its rows, by the feeder, which has time for some of it at every stage.
-struct Preparation {
-    static constexpr int kAtOnce = 6;  // parts
-    const Arguments& a;
-    const Shared& s;
-    const Head& of;
-    const int tid;
-    const float scale;
-    float sums[2][2] = {};
-    int first = 0;  // part
-
-    __device__ const float2* moments(int row, int part) const {
-        return a.moments + int64_t(part) * a.num_rows + of.sample * a.tokens + row;
-    }
-
-    __device__ void write(int row, float sum, float squares) const {
+// Biases of a head and scales of its rows, by the feeder's other warps while mixers multiply: what is asked for waits for a while behind
+// the stages.
+__device__ __forceinline__ void prepare(const Arguments& a, const Shared& s, const Head& of, int worker, float scale) {
+    constexpr int kAtOnce = 12;  // parts
+    for (int i = worker; i < kColumns; i += kPreparers)
+        s.bias()[i] = __ldg(a.bias + (i / kHeadWidth * a.heads + of.head) * kHeadWidth + i % kHeadWidth);
+    for (int row = worker; row < a.tokens; row += kPreparers) {
+        const float2* const from = a.moments + of.sample * a.tokens + row;
+        float sum = 0, squares = 0;
+        for (int first = 0; first < a.parts; first += kAtOnce) {
+            float2 x[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                x[i] = first + i < a.parts ? from[int64_t(first + i) * a.num_rows] : make_float2(0, 0);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) sum += x[i].x, squares += x[i].y;
+        }
         const float by = 1.f / a.depth, mean = sum * by;
         s.scales()[row] = rsqrtf(fmaxf(squares * by - mean * mean, 0) + a.eps) * scale;
     }
-
-    __device__ void go_on() {
-        if (first >= a.parts) return;
-        float2 x[2][kAtOnce];
-#pragma unroll
-        for (int i = 0; i < 2 * kAtOnce; ++i)
-            x[i % 2][i / 2] = first + i / 2 < a.parts ? *moments(tid + i % 2 * kGroup, first + i / 2) : make_float2(0, 0);
-#pragma unroll
-        for (int i = 0; i < 2 * kAtOnce; ++i) sums[i % 2][0] += x[i % 2][i / 2].x, sums[i % 2][1] += x[i % 2][i / 2].y;
-        first += kAtOnce;
-        if (first < a.parts) return;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) write(tid + i * kGroup, sums[i][0], sums[i][1]);
-        for (int i = tid; i < kColumns; i += kGroup)
-            s.bias()[i] = __ldg(a.bias + (i / kHeadWidth * a.heads + of.head) * kHeadWidth + i % kHeadWidth);
-        // Rows behind the 256th, a part a lane.
-        for (int row = kTiled + tid / 32; row < a.tokens; row += kFeederWarps) {
-            float sum = 0, squares = 0;
-            for (int part = tid % 32; part < a.parts; part += 32) {
-                const float2 x = *moments(row, part);
-                sum += x.x, squares += x.y;
-            }
-#pragma unroll
-            for (int bit = 1; bit < 32; bit *= 2)
-                sum += __shfl_xor_sync(~0u, sum, bit), squares += __shfl_xor_sync(~0u, squares, bit);
-            if (tid % 32 == 0) write(row, sum, squares);
-        }
-    }
-    __device__ void end() {
-        while (first < a.parts) go_on();
-    }
-};
+}
 
 // Queries, keys or values of the rows behind the 256th: rows of the products are columns of the part.
 __device__ __forceinline__ void write_rest(const Shared& s, const float (&sums)[kRest / 2], int part, int tokens) {
@@ -288,39 +264,16 @@ template <bool kLow>
 __device__ inline void feed(const Arguments& a, const Shared& s, const Place& at) {
     const int tid = threadIdx.x % kGroup;
     const float factor = a.out_scale ? 1 / *a.out_scale : 1, scale = kLow ? *a.input_scale * *a.weight_scale : 1;
-    const uint32_t rest = uniform(operand(s.rows(0) + kTiled * kStageDepth));
-    const uint32_t weights = uniform(operand(s.weights(0) + 2 * kHeadWidth * kStageDepth));
     Fetcher<kLow> fetcher(a, s, at);
-    RingPlace place;
     if (tid == 0) fetcher.begin();
     wait_for_inputs();
     for (int unit = at.cluster; unit < a.units; unit += at.clusters) {
         const Head head(a, unit, at.rank);
-        Preparation preparation{a, s, head, tid, scale};
-        float sums[kRest / 2] = {};
-        int last = 0;
-        for (int step = 0; step < a.steps; ++step) {
-            __syncwarp();
-            wait_for(s.full(place.slot), place.parity);
-            const uint32_t stage = place.slot * (kStageBytes >> 4);
-            begin_products();
-            multiply_stage<kLow>(sums, weights + stage, rest + stage, step);
-            commit_products();
-            if (step) {
-                wait_products<1>();
-                release(s, last);
-            }
-            if (tid == 0 && (step || unit != at.cluster)) fetcher.fetch();
-            preparation.go_on();
-            last = place.slot;
-            place.advance();
-        }
+        if (tid == 0)
+            for (int step = unit == at.cluster; step < a.steps; ++step) fetcher.fetch();
+        if (tid >= kGroup - kPreparers) prepare(a, s, head, tid - (kGroup - kPreparers), scale);
         __syncwarp();
-        wait_products<0>();
-        settle(sums);
-        preparation.end();
         meet_all();
-        write_rest(s, sums, 2, a.tokens);
         // Mixers take 16 values at a time, and those that have no weight have to be numbers.
         for (int i = tid; i < (kMostTokens - kMost) * kTokenBytes / 4; i += kGroup)
             store_word(shared_address(s.part(2)) + kMost * kTokenBytes + 4 * i, 0);
@@ -334,8 +287,8 @@ __device__ inline void feed(const Arguments& a, const Shared& s, const Place& at
                 else
                     static_cast<uint16_t*>(a.out)[to] = uint16_t(bfloat16_pair(result, 0));
             });
-        __syncwarp();
-        release(s, kStages - 1);
+        sync_part<kGroup>(2);
+        if (tid == 0) fetcher.release_by_feeder();
     }
     if (tid == 0) fetcher.end();
     __syncwarp();
@@ -404,8 +357,9 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
     if (mixer == 1 && threadIdx.x % 32 == 0) arrive(s.turn(0));
     wait_for_inputs();
     for (int unit = at.cluster; unit < a.units; unit += at.clusters) {
+        const Head head(a, unit, at.rank);
         {
-            float sums[kTiles][kColumns / 2] = {}, rest[kRest / 2] = {};  // else they would have registers during attention too
+            float sums[kTiles][kColumns / 2] = {}, rest[2][kRest / 2] = {};  // else they would have registers during attention too
             int last = 0;
             for (int step = 0; step < a.steps; ++step) {
                 wait_for(s.full(place.slot), place.parity);
@@ -414,7 +368,8 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
 #pragma unroll
                 for (int i = 0; i < kTiles; ++i)
                     multiply_stage<kLow>(sums[i], rows + stage + i * (kMixers * 64 * kStageDepth >> 4), weights + stage, step);
-                multiply_stage<kLow>(rest, weights_of_rest + stage, rest_rows + stage, step);
+                multiply_stage<kLow>(rest[0], weights_of_rest + stage, rest_rows + stage, step);
+                multiply_stage<kLow>(rest[1], weights_of_rest + stage + (2 * kHeadWidth * kStageDepth >> 4), rest_rows + stage, step);
                 commit_products();
                 if (step) {
                     wait_products<1>();
@@ -426,14 +381,14 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
             wait_products<0>();
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) settle(sums[i]);
-            settle(rest);
+            settle(rest[0]), settle(rest[1]);
             meet_all();
-            write_rest(s, rest, mixer, a.tokens);
+            write_rest(s, rest[0], mixer, a.tokens);
+            if (mixer == 0) write_rest(s, rest[1], 2, a.tokens);
             write_parts(s, sums, mixer);
         }
         fence_async_shared();
         meet_all();
-        const Head head(a, unit, at.rank);
 #pragma unroll 1
         for (int tile = 0; tile < kTiles; ++tile) {
             const int first = (tile * kMixers + mixer) * kTileQueries;
@@ -453,7 +408,7 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(kBlockThread
     const Place at{int(cluster_rank()), int(blockIdx.x) / kCluster, int(gridDim.x) / kCluster};
     if (threadIdx.x == 0) {
         prefetch_map(&a.rows), prefetch_map(&a.weights);
-        for (int i = 0; i < kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), kBlockThreads / 32 * kCluster);
+        for (int i = 0; i < kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), (kMixers * kGroup / 32 + (i == kStages - 1)) * kCluster);
         for (int i = 0; i < kMixers; ++i) init_barrier(s.turn(i), kGroup / 32);
         publish_barriers();
     }
