@@ -12,7 +12,8 @@ from bldm_kernels.inference.rounding import centred, round_centred
 def weights_of(rows: int, columns: int, largest: float) -> Tensor:
     """Of rows of several sizes, with means."""
     torch.manual_seed(rows + columns)
-    weight = centred(torch.randn(rows, columns, dtype=torch.float64) * torch.logspace(-3, 0, rows, dtype=torch.float64)[:, None] + 0.3)
+    sizes = torch.logspace(-3, 0, rows, dtype=torch.float64)[:, None]
+    weight = centred(torch.randn(rows, columns, dtype=torch.float64) * sizes + 0.3)
     return weight * (largest / weight.abs().max())
 
 

@@ -2,9 +2,9 @@
 
     W ((x - m) r) = r W x        if the rows of W add up to 0
 
-A norm's result has mean 0, so that a number may be taken from all weights of a row: its mean, before it is rounded. Rounding leaves
-a sum behind again, as large as that of so many errors of rounding; so those weights are rounded to their other neighbour that lie
-about halfway between both.
+A norm's result has mean 0, so that a number may be taken from all weights of a row: its mean, before it is rounded. Rounding
+leaves a sum behind again, as large as that of so many errors of rounding; so those weights are rounded to their other neighbour
+that lie about halfway between both.
 """
 
 import torch
@@ -22,9 +22,9 @@ def centred(weight: Tensor) -> Tensor:
 
 
 def round_centred(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Centred rows (N, K) of float64, within what dtype can hold, each value rounded to one of its two neighbours in dtype, most of
-    them to the nearer one, such that the rows add up to 0 but for less than the rounding of a single weight. Only bfloat16 and e4m3
-    need the choice; others are rounded as usual."""
+    """Centred rows (N, K) of float64, within what dtype can hold, each value rounded to one of its two neighbours in dtype, most
+    of them to the nearer one, such that the rows add up to 0 but for less than the rounding of a single weight. Only bfloat16 and
+    e4m3 need the choice; others are rounded as usual."""
     rounded = weight.to(dtype)
     if dtype in BITS:
         for _ in range(PASSES):

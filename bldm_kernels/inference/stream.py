@@ -9,6 +9,7 @@ what comes of queries, keys and values, which then need no memory.
 The kernels (csrc/cuda/product.cu, stream_attention.cu) are for compute capability 9.0.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,12 @@ from .product import Weights, dequantized
 # 0.96 times as long as with norms, of 1,028 rows 1.14 and 0.92, of 1,542 rows 1.04 and 0.88 times
 # (benchmarks/results/engine_parts_nvidia_h200.txt).
 MANY_ROWS, MANY_LOW_ROWS = 2048, 768
-TOKENS = range(256, 259)  # of a sample, that the kernel of `attend` takes
+TOKENS = range(256, 259)  # of a sample, that the kernel of `attend` is for
+# It has a head on every multiprocessor at a time. If it is one round of so many of them, or several of which so many are used on
+# average, it is faster than `read` and `attention`: a step of 8 samples of 12 heads (0.73 of 132) takes 0.96 times as long in e4m3 and
+# 0.99 in bfloat16, of 16 (0.73 in two rounds) 0.99 and 1.04, of 64 (0.97 in six) 0.95 and 1
+# (benchmarks/results/engine_parts_nvidia_h200.txt).
+ONE_ROUND, SEVERAL_ROUNDS = 0.7, 0.9
 MOST_SUM = 2**-6  # of a row of weights behind a norm, for its length
 COLUMNS = 32  # of whose multiples the kernels' outputs are: rows of weights are in an order of their own within so many
 
@@ -120,6 +126,14 @@ def takes_heads(h: Tensor, reader: Reader, num_heads: int, batch: int) -> bool:
     rows, depth = reader.weight.shape
     whole = rows == 3 * num_heads * WHOLE_HEAD_DIM and num_heads % 2 == 0 and len(h) // batch in TOKENS
     return whole and depth * reader.weight.element_size() % 384 == 0 and takes(h) and fits(reader.weight)
+
+
+def supports_heads(h: Tensor, reader: Reader, num_heads: int, batch: int) -> bool:
+    """Whether it is, and is the faster way."""
+    if not takes_heads(h, reader, num_heads, batch):
+        return False
+    rounds = batch * num_heads / torch.cuda.get_device_properties(h.device).multi_processor_count
+    return rounds >= (ONE_ROUND if rounds <= 1 else SEVERAL_ROUNDS * math.ceil(rounds))
 
 
 def plain_enter(h: Tensor, reader: Reader) -> Stream:
@@ -240,9 +254,8 @@ def attend(
     checks.integer("num_heads", num_heads, 1, 2**16)
     checks.integer("batch", batch, 1, len(h))
     if len(h) % batch or len(reader.weight) % (3 * num_heads):
-        raise ValueError(
-            f"batch, num_heads: expected divisors of {len(h)} rows and of a third of {len(reader.weight)}, got {batch} and {num_heads}"
-        )
+        sizes = f"{len(h)} rows and of a third of {len(reader.weight)}"
+        raise ValueError(f"batch, num_heads: expected divisors of {sizes}, got {batch} and {num_heads}")
     check_scale(out_scale, "stream.h", h)
     if not takes_heads(h, reader, num_heads, batch):
         qkv = read(stream, reader, pdl=pdl)

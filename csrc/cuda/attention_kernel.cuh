@@ -20,12 +20,7 @@ constexpr int kPartBytes = 2 * kBoxBytes, kStageBytes = 3 * kPartBytes;         
 constexpr int kStages = 2;
 constexpr int kGroup = 128, kMixers = 2, kBlockThreads = (kMixers + 1) * kGroup;
 constexpr int kTileQueries = 64, kPairs = 2;  // of tiles, one for each mixer
-constexpr int kFeederWarps = kGroup / 32;
-// What warps find of eight queries behind the 256th, floats: of each the largest score and the sum of the weights, and of kRound
-// at a time the mixed values.
-constexpr int kRound = 2;
-template <int kWarps>
-constexpr int kRestFloats = kWarps * (8 * 2 + kRound * kHeadWidth);
+constexpr int kFeederWarps = kGroup / 32, kRound = 2;
 // Of 65536 registers; a block starts with 168 a thread.
 constexpr int kMixerRegisters = 192, kFeederRegisters = 112;
 // Bytes of a row on its way out: in bfloat16, in e4m3. Neighbouring rows begin in other banks.
@@ -67,10 +62,12 @@ struct Shared {
 
     __device__ uint8_t* part(int stage, int which) const { return stages + stage * kStageBytes + which * kPartBytes; }
     __device__ uint8_t* out(int warp) const { return stages + kStages * kStageBytes + warp * 16 * kOutStride; }
-    // What the feeder's warps have found of the queries behind the 256th.
-    __device__ float* found() const { return reinterpret_cast<float*>(out(kMixers * kGroup / 32)); }
+    // What the feeder's warps have found of eight of the queries behind the 256th: of each one the largest score and the sum of
+    // the weights, and of kRound at a time the mixed values.
+    __device__ float* found(int warp) const { return reinterpret_cast<float*>(out(kMixers * kGroup / 32)) + warp * 8 * 2; }
+    __device__ float* part_of(int warp) const { return found(kFeederWarps) + warp * kRound * kHeadWidth; }
     // What results are multiplied by besides the reciprocal of the sum.
-    __device__ float* out_factor() const { return found() + kRestFloats<kFeederWarps>; }
+    __device__ float* out_factor() const { return part_of(kFeederWarps); }
     // Queries and keys of a stage are there; its values are; it may be written. A mixer may compute its exponentials.
     __device__ uint64_t* keys_there(int stage) const { return reinterpret_cast<uint64_t*>(out_factor() + 2) + stage; }
     __device__ uint64_t* values_there(int stage) const { return keys_there(kStages) + stage; }
@@ -78,7 +75,7 @@ struct Shared {
     __device__ uint64_t* turn(int mixer) const { return free(kStages) + mixer; }
 };
 
-constexpr int kFoundFloats = kRestFloats<kFeederWarps> + 2;
+constexpr int kFoundFloats = kFeederWarps * (8 * 2 + kRound * kHeadWidth) + 2;
 constexpr int kBarriers = 3 * kStages + kMixers;
 constexpr int kSharedBytes =
     1024 + kStages * kStageBytes + kMixers * kGroup / 32 * 16 * kOutStride + kFoundFloats * 4 + kBarriers * 8;
@@ -244,16 +241,13 @@ __device__ __forceinline__ void load_values(float (&to)[8], const uint8_t* part,
 // The queries behind the 256th, eight at a time: every warp has a share of the keys, and what they found is put together. A warp's
 // products wait for those of the warpgroups, so there are few of them, and many that do not wait for one another. Keys are rows
 // of the scores, and columns rows of what is mixed, as the queries are hardly worth a tile's eight columns.
-// Results go to `write`: of a query and a column of V, with the sum of the weights and what was taken off their exponents.
-template <int kWarps, class Write>
-__device__ inline void mix_rest(uint32_t queries, uint32_t keys, uint32_t values, float* found, int tokens, int tid,
-                                const Write& write) {
-    constexpr int kBlocks = kMostTokens / 16, kShare = (kBlocks + kWarps - 1) / kWarps;  // of 16 keys; of a warp
-    const int warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+__device__ inline void mix_rest(const Arguments& a, const Shared& s, const Unit& unit, int stage) {
+    constexpr int kBlocks = kMostTokens / 16, kShare = (kBlocks + kFeederWarps - 1) / kFeederWarps;  // of 16 keys; of a warp
+    const int tid = threadIdx.x % kGroup, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int row = lane % 8, low = lane / 8 % 2, high = lane / 16;  // of the matrices whose rows this lane has the address of
-    const auto found_by = [&](int warp) { return found + warp * 8 * 2; };
-    const auto part_of = [&](int warp) { return found_by(kWarps) + warp * kRound * kHeadWidth; };
-    for (int group = 0; group < tokens - kTiled; group += 8) {
+    const uint32_t queries = shared_address(s.part(stage, 0)), keys = shared_address(s.part(stage, 1));
+    const uint32_t values = shared_address(s.part(stage, 2));
+    for (int group = 0; group < a.tokens - kTiled; group += 8) {
         float score[kShare][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {}, mixed[kHeadWidth / 16][4] = {};
 #pragma unroll
         for (int k = 0; k < kHeadWidth / 16; k += 2) {
@@ -263,7 +257,7 @@ __device__ inline void mix_rest(uint32_t queries, uint32_t keys, uint32_t values
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int i = 0; i < kShare; ++i) {
-                    const int block = warp + kWarps * i;
+                    const int block = warp + kFeederWarps * i;
                     if (block >= kBlocks) continue;
                     uint32_t key[4];
                     load_matrices(key, keys + chunk_of(16 * block + 8 * low + row, 2 * (k + half) + high));
@@ -274,8 +268,8 @@ __device__ inline void mix_rest(uint32_t queries, uint32_t keys, uint32_t values
         for (int i = 0; i < kShare; ++i)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int key = 16 * (warp + kWarps * i) + g + j / 2 * 8;
-                score[i][j] = key < tokens ? kScale * score[i][j] : -INFINITY;
+                const int key = 16 * (warp + kFeederWarps * i) + g + j / 2 * 8;
+                score[i][j] = key < a.tokens ? kScale * score[i][j] : -INFINITY;
                 most[j % 2] = fmaxf(most[j % 2], score[i][j]);
             }
 #pragma unroll
@@ -291,7 +285,7 @@ __device__ inline void mix_rest(uint32_t queries, uint32_t keys, uint32_t values
                 sum[0] += x, sum[1] += y;
                 weights[half] = transposed(bfloat16_pair(x, y));
             }
-            const int block = warp + kWarps * i;
+            const int block = warp + kFeederWarps * i;
             if (block >= kBlocks) continue;
 #pragma unroll
             for (int n = 0; n < kHeadWidth / 16; ++n) {
@@ -306,29 +300,34 @@ __device__ inline void mix_rest(uint32_t queries, uint32_t keys, uint32_t values
             for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(~0u, sum[r], bit);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            if (g == 0) found_by(warp)[2 * (2 * t + r)] = most[r], found_by(warp)[2 * (2 * t + r) + 1] = sum[r];
-        for (int begin = group; begin < min(tokens - kTiled, group + 8); begin += kRound) {
+            if (g == 0) s.found(warp)[2 * (2 * t + r)] = most[r], s.found(warp)[2 * (2 * t + r) + 1] = sum[r];
+        for (int begin = group; begin < min(a.tokens - kTiled, group + 8); begin += kRound) {
             if (t == begin % 8 / kRound)
 #pragma unroll
                 for (int n = 0; n < kHeadWidth / 16; ++n)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) part_of(warp)[i % 2 * kHeadWidth + 16 * n + i / 2 * 8 + g] = mixed[n][i];
-            sync_part<kWarps * 32>(2);
-            for (int at = tid; at < kRound * kHeadWidth; at += kWarps * 32) {
-                const int query = begin + at / kHeadWidth;
-                if (query >= tokens - kTiled) break;
+                    for (int i = 0; i < 4; ++i) s.part_of(warp)[i % 2 * kHeadWidth + 16 * n + i / 2 * 8 + g] = mixed[n][i];
+            sync_part<kGroup>(2);
+            const int of_round = tid / kHeadWidth, query = begin + of_round, column = tid % kHeadWidth;
+            if (query < a.tokens - kTiled) {
                 float all = -INFINITY, total = 0, result = 0;
 #pragma unroll
-                for (int i = 0; i < kWarps; ++i) all = fmaxf(all, found_by(i)[2 * (query % 8)]);
+                for (int i = 0; i < kFeederWarps; ++i) all = fmaxf(all, s.found(i)[2 * (query % 8)]);
 #pragma unroll
-                for (int i = 0; i < kWarps; ++i) {
-                    const float factor = exp2_fast(found_by(i)[2 * (query % 8)] - all);
-                    total += factor * found_by(i)[2 * (query % 8) + 1];
-                    result += factor * part_of(i)[at];
+                for (int i = 0; i < kFeederWarps; ++i) {
+                    const float factor = exp2_fast(s.found(i)[2 * (query % 8)] - all);
+                    total += factor * s.found(i)[2 * (query % 8) + 1];
+                    result += factor * s.part_of(i)[of_round * kHeadWidth + column];
                 }
-                write(kTiled + query, at % kHeadWidth, result, total, all);
+                result *= __fdividef(*s.out_factor(), total);
+                const int64_t at = unit.out_offset(a, kTiled + query) + column;
+                if (a.out_scale)
+                    static_cast<uint8_t*>(a.out)[at] = uint8_t(e4m3_pair(result, 0));
+                else
+                    static_cast<uint16_t*>(a.out)[at] = uint16_t(bfloat16_pair(result, 0));
+                if (a.log_sums && column == 0) a.log_sums[unit.sums_offset(a, kTiled + query)] = log_sum(total, -all);
             }
-            sync_part<kWarps * 32>(2);  // before the next queries are written
+            sync_part<kGroup>(2);  // before the next queries are written
         }
     }
 }
@@ -358,18 +357,7 @@ __device__ inline void feed(const Arguments& a, const Shared& s) {
         __syncwarp();
         wait_for(s.keys_there(stage), parity_of(i));
         wait_for(s.values_there(stage), parity_of(i));
-        const auto write = [&](int query, int column, float result, float total, float offset) {
-            result *= __fdividef(*s.out_factor(), total);
-            const int64_t at = unit.out_offset(a, query) + column;
-            if (a.out_scale)
-                static_cast<uint8_t*>(a.out)[at] = uint8_t(e4m3_pair(result, 0));
-            else
-                static_cast<uint16_t*>(a.out)[at] = uint16_t(bfloat16_pair(result, 0));
-            if (a.log_sums && column == 0) a.log_sums[unit.sums_offset(a, query)] = log_sum(total, -offset);
-        };
-        if (unit.has_rest)
-            mix_rest<kFeederWarps>(shared_address(s.part(stage, 0)), shared_address(s.part(stage, 1)), shared_address(s.part(stage, 2)),
-                                   s.found(), a.tokens, threadIdx.x % kGroup, write);
+        if (unit.has_rest) mix_rest(a, s, unit, stage);
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(s.free(stage));
     }

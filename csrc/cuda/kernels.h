@@ -119,9 +119,10 @@ void add_to_stream(const void* x, const void* weights, bool low, int64_t rows, i
 // The attention of heads of width 64 of (samples, tokens) rows of the stream, read as read_stream reads it with weights (3 heads 64,
 // depth) and their bias: out (samples, tokens, heads 64) as `attention` writes it of that. 256 to 264 tokens, an even number of heads,
 // k of multiples of 384 bytes.
-void attend_to_stream(const void* stream, const void* weights, bool low, int64_t samples, int64_t tokens, int64_t heads, int64_t depth,
-                      const float* stream_scale, const float* weight_scale, const float* bias, const float* moments, int64_t parts,
-                      float eps, const float* out_scale, void* out, bool early, int device, cudaStream_t cuda_stream);
+void attend_to_stream(const void* stream, const void* weights, bool low, int64_t samples, int64_t tokens, int64_t heads,
+                      int64_t depth, const float* stream_scale, const float* weight_scale, const float* bias, const float* moments,
+                      int64_t parts, float eps, const float* out_scale, void* out, bool early, int device,
+                      cudaStream_t cuda_stream);
 // In how many parts those moments come.
 int64_t moments_parts(int64_t rows, int64_t columns, int64_t depth, bool low, int device);
 

@@ -3,10 +3,10 @@
 //
 // A block takes heads in turn, the two blocks of a cluster neighbouring heads of the same sample, of whose rows of the stream each
 // one fetches half for both. Its mixers multiply 128 rows each with the head's 192 rows of weights, write what comes out to shared
-// memory, where attention reads it, and mix. The few rows behind the 256th are columns of small products beside theirs, whose rows are
-// the weights of queries, keys or values. The third warpgroup, the feeder, fetches stages of 128 bytes of k, which must not wait for
-// anything else, and mixes for the queries behind the 256th, without the tensor cores, which the mixers need. Memory is too small for
-// three stages beside keys and values: these are where the last stage of a head is, which is given back when they have been mixed.
+// memory, where attention reads it, and mix. The few rows behind the 256th are columns of small products beside theirs, whose rows
+// are the weights of queries, keys or values. The third warpgroup, the feeder, fetches stages of 128 bytes of k, which must not wait
+// for anything else, and mixes for the queries behind the 256th, without the tensor cores, which the mixers need. Memory is too small
+// for three stages beside keys and values: these are where the last stage of a head is, which is given back when they are mixed.
 //
 // The columns of queries, keys and values are in the order of the weights' rows (inference/stream.py): it is the same in queries
 // and keys, and of the result it makes eight columns of a row neighbours in a thread.
@@ -19,22 +19,22 @@ namespace bldm::cuda::attend::stream {
 constexpr int kCluster = 2, kParts = 3, kColumns = kParts * kHeadWidth;
 constexpr int kStageDepth = 128;  // bytes of k
 constexpr int kRowBytes = kMostTokens * kStageDepth, kStageBytes = kRowBytes + kColumns * kStageDepth;
-constexpr int kStages = 3;           // of which a head takes a multiple, so that its last one is the third
-constexpr int kPreparers = kGroup - 32;  // threads
-constexpr int kAhead = kStages - 1;  // as many are fetched ahead
+constexpr int kStages = 3;  // of which a head takes a multiple, so that its last one is the third
+constexpr int kAhead = kStages - 1;
 constexpr int kRest = 8, kMost = kTiled + kRest;  // tokens behind the 256th, at most; tokens
+constexpr int kTiles = kTiled / 64 / kMixers;     // of 64 rows, of a mixer
+constexpr int kPreparers = kGroup - 32;           // threads
 // Of those that a block starts with, 168 a thread.
 constexpr int kMixerRegisters = 232, kFeederRegisters = 40;
-static_assert(2 * kMixerRegisters + kFeederRegisters <= 3 * 168);
-constexpr int kTiles = kTiled / 64 / kMixers;  // of 64 rows, of a mixer
-// Of a query behind the 256th: weights, their largest exponent and sum by every warp, and mixed values by every warp.
+static_assert(kMixers * kMixerRegisters + kFeederRegisters <= (kMixers + 1) * 168);
+// Floats, of a query behind the 256th: weights; their largest exponent, their sum and mixed values, of every warp.
 constexpr int kFound = kMostTokens + 2 * kFeederWarps + kFeederWarps * kHeadWidth;
 static_assert(kStageBytes <= 2 * kPartBytes && kRowBytes == 2 * kBoxBytes);
 
 struct Arguments {
     TensorMap rows, weights;  // (k, tokens, samples) in boxes of kBoxTokens, (k, 3 W) in boxes of kHeadWidth
     int tokens, heads;        // of a sample
-    int num_rows;
+    int num_rows;             // of all samples
     int steps, units;         // of k; pairs of heads of all samples
     const float *input_scale, *weight_scale;  // of e4m3
     const float* bias;
@@ -81,7 +81,7 @@ struct Head {
     }
 };
 
-// The blocks and what they take.
+// A block's, among all.
 struct Place {
     int rank, cluster, clusters;
 };
@@ -154,7 +154,7 @@ struct Fetcher {
     }
 };
 
-// Biases of a head and scales of its rows, by the feeder's other warps while mixers multiply: what is asked for waits for a while behind
+// Biases of a head and scales of its rows, by the feeder's other warps while mixers multiply: what they ask for comes late, behind
 // the stages.
 __device__ __forceinline__ void prepare(const Arguments& a, const Shared& s, const Head& of, int worker, float scale) {
     constexpr int kAtOnce = 12;  // parts
@@ -188,8 +188,8 @@ __device__ __forceinline__ void write_rest(const Shared& s, const float (&sums)[
     }
 }
 
-// Attention of a query behind the 256th, by the feeder: a thread has two keys, then eight columns of 16 values. Few instructions that
-// read memory, for these wait in a line with the mixers' exponentials.
+// Attention of a query behind the 256th, by the feeder: a thread has two keys, then eight columns of 16 values. Few instructions
+// read memory, as these wait in a line with the mixers' exponentials.
 template <class Write>
 __device__ __forceinline__ void mix_query(const Shared& s, int query, int tokens, int tid, const Write& write) {
     const int warp = tid / 32, lane = tid % 32;
@@ -350,7 +350,8 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
     // uniform, so that operands are named by registers that can be counted up
     const uint32_t rows = uniform(operand(s.rows(0) + mixer * 64 * kStageDepth)), weights = uniform(operand(s.weights(0)));
     const uint32_t rest_rows = uniform(operand(s.rows(0) + kTiled * kStageDepth));
-    const uint32_t weights_of_rest = uniform(operand(s.weights(0) + mixer * kHeadWidth * kStageDepth));
+    const uint32_t weights_of_mine = uniform(operand(s.weights(0) + mixer * kHeadWidth * kStageDepth));
+    const uint32_t weights_of_values = uniform(operand(s.weights(0) + 2 * kHeadWidth * kStageDepth));
     const uint32_t queries = uniform(operand(s.part(0))), keys = uniform(operand(s.part(1))), values = uniform(operand(s.part(2)));
     uint32_t turns = 0;
     RingPlace place;
@@ -359,7 +360,9 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
     for (int unit = at.cluster; unit < a.units; unit += at.clusters) {
         const Head head(a, unit, at.rank);
         {
-            float sums[kTiles][kColumns / 2] = {}, rest[2][kRest / 2] = {};  // else they would have registers during attention too
+            // All 0, or else they would have registers during attention too. Of the rows behind the 256th, the first mixer has
+            // queries and values, the second keys, and values as well: a choice here would cost it more.
+            float sums[kTiles][kColumns / 2] = {}, rest[2][kRest / 2] = {};
             int last = 0;
             for (int step = 0; step < a.steps; ++step) {
                 wait_for(s.full(place.slot), place.parity);
@@ -368,8 +371,8 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
 #pragma unroll
                 for (int i = 0; i < kTiles; ++i)
                     multiply_stage<kLow>(sums[i], rows + stage + i * (kMixers * 64 * kStageDepth >> 4), weights + stage, step);
-                multiply_stage<kLow>(rest[0], weights_of_rest + stage, rest_rows + stage, step);
-                multiply_stage<kLow>(rest[1], weights_of_rest + stage + (2 * kHeadWidth * kStageDepth >> 4), rest_rows + stage, step);
+                multiply_stage<kLow>(rest[0], weights_of_mine + stage, rest_rows + stage, step);
+                multiply_stage<kLow>(rest[1], weights_of_values + stage, rest_rows + stage, step);
                 commit_products();
                 if (step) {
                     wait_products<1>();
@@ -408,7 +411,10 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(kBlockThread
     const Place at{int(cluster_rank()), int(blockIdx.x) / kCluster, int(gridDim.x) / kCluster};
     if (threadIdx.x == 0) {
         prefetch_map(&a.rows), prefetch_map(&a.weights);
-        for (int i = 0; i < kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), (kMixers * kGroup / 32 + (i == kStages - 1)) * kCluster);
+        for (int i = 0; i < kStages; ++i) {
+            const int by_feeder = i == kStages - 1;
+            init_barrier(s.full(i), 1), init_barrier(s.empty(i), (kMixers * kGroup / 32 + by_feeder) * kCluster);
+        }
         for (int i = 0; i < kMixers; ++i) init_barrier(s.turn(i), kGroup / 32);
         publish_barriers();
     }

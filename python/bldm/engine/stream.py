@@ -66,7 +66,7 @@ class LinkedStream:
     def attend(self, qkv: Product, num_heads: int, batch: int, mask: Tensor | None, reader: Product) -> Tensor:
         """As of NormedStream."""
         stage, scale = self._stage, reader.input_scale
-        if mask is None and kernels.takes_heads(self._stream.h, stage.reader, num_heads, batch):
+        if mask is None and kernels.supports_heads(self._stream.h, stage.reader, num_heads, batch):
             with part("qkv and attention"):
                 return kernels.attend(self._stream, stage.reader, num_heads, batch, out_scale=scale, pdl=self.pdl)
         with part("qkv"):
