@@ -31,6 +31,7 @@ ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mpopcnt -Wno-uninitialized",
 }
 # Warpgroup products: no other architecture has them.
+# Warpgroup products: no other architecture has them.
 ONLY_SM90A = {"attention.cu", "layer_stack.cu", "product.cu", "stream_attention.cu"}
 SM90A = "-gencode=arch=compute_90a,code=sm_90a"
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings"

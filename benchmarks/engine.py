@@ -1,7 +1,7 @@
 """The engines against the paper's code: the churches configuration (256 px, 64 bits a position, 24 x 768), random weights.
 
     python benchmarks/engine.py [--parts engine,shipped,compiled,images,...] [--batches 1,8,64] [--curves batch,bits,grid,steps]
-                                [--commit hash]
+                                [--precisions bf16,fp8] [--commit hash]
 
 Parts: `engine`, `shipped`, `compiled` are milliseconds a sampling step (of the engines; of the paper's code as it is, and with
 its denoiser in bf16 under torch.compile); `images`, `images-shipped` and `images-compiled` whole calls, 16 steps and decoding;
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join([*STEP_PARTS, *IMAGE_PARTS, "curves"]))
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--curves", default=",".join(CURVES))
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of the curves")
     parser.add_argument("--commit", help="of this source, where it is no git checkout")
     arguments = parser.parse_args()
     batches = [int(size) for size in arguments.batches.split(",")]
@@ -205,7 +206,7 @@ def main() -> None:
     for part in arguments.parts.split(","):
         if part == "curves":
             for name in arguments.curves.split(","):
-                for precision in PRECISIONS:
+                for precision in arguments.precisions.split(","):
                     for value, row in curve(name, precision):
                         note("curves", name, precision, str(value), row=row)
             continue

@@ -1,5 +1,6 @@
 """Products with the residual stream: the plain form against float64 modules, the kernels against the plain form."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import native_stream
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bldm_kernels.backends.native import load_part
+from bldm_kernels.inference import stream as stream_module
 from bldm_kernels.inference.attention import E4M3, attention, to_e4m3
 from bldm_kernels.inference.product import Weights, prepare
 from bldm_kernels.inference.stream import (
@@ -29,6 +31,7 @@ from bldm_kernels.inference.stream import (
     read,
     reorder,
     supports,
+    supports_heads,
     takes,
     takes_heads,
 )
@@ -238,6 +241,16 @@ def test_attend_is_attention_of_what_is_read(low: bool, monkeypatch: pytest.Monk
     assert torch.equal(attend(stream, reader, 2, 2, out_scale=out_scale).float(), expected.float())
     assert calls == ["attend_to_stream"]
     assert not takes_heads(h, reader, 1, 2) and not takes_heads(h, reader, 2, 4) and not takes_heads(h, reader, 3, 2)
+
+
+def test_which_batches_are_one_kernel_for_their_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = reader_of(32, 48, False)
+    assert not supports_heads(inputs(8, 48).cpu(), reader, 12, 8)
+    monkeypatch.setattr(stream_module, "takes_heads", lambda *arguments: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    few = {batch for batch in range(1, 50) if supports_heads(inputs(8, 48), reader, 12, batch)}
+    assert few == {*range(8, 12), *range(20, 23), *range(30, 34), *range(40, 45)}
+    assert all(supports_heads(inputs(8, 48), reader, 12, batch) for batch in (64, 128, 256, 512, 1024))
 
 
 def test_which_streams_the_kernels_take(stream_kernels: None) -> None:
