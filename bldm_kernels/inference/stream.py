@@ -28,8 +28,8 @@ from .product import Weights, dequantized
 MANY_ROWS, MANY_LOW_ROWS = 2048, 768
 TOKENS = range(256, 259)  # of a sample, that the kernel of `attend` is for
 # It has a head on every multiprocessor at a time. In one round of so many of them, or in several of which so many are used on
-# average, it is faster than `read` and `attention`: a step of 8 samples of 12 heads (0.73 of 132) takes 0.96 times as long in e4m3
-# and 0.99 in bfloat16, of 16 (0.73 in two rounds) 0.99 and 1.04, of 64 (0.97 in six) 0.95 and 1
+# average, it is faster than `read` and `attention`: a step of 8 samples of 12 heads (0.73 of 132) takes 0.96 times as long in fp8
+# and 0.99 in bf16, of 16 (0.73 in two rounds) 0.99 and 1.04, of 64 (0.97 in six) 0.95 and 1
 # (benchmarks/results/engine_parts_nvidia_h200.txt).
 ONE_ROUND, SEVERAL_ROUNDS = 0.7, 0.9
 MOST_SUM = 2**-6  # of a row of weights behind a norm, for its length
