@@ -62,10 +62,10 @@ def sampler_of(denoiser: Any, grid: int, bits: int) -> bldm.FastSampler:
 
 
 @torch.no_grad()
-def difference(engine: Any, model: bldm.BinaryDenoiser) -> float:
+def difference(engine: Any, model: bldm.BinaryDenoiser, batch: int) -> float:
     """Norm of the difference of the logits relative to the float32 model's; raises where it is beyond the engine's promise."""
-    x_t = bk.random_bits(4, (model.num_positions, model.num_bits), seed=0, device="cuda")
-    t = torch.tensor([1, 20, 40, 64], device="cuda")
+    x_t = bk.random_bits(batch, (model.num_positions, model.num_bits), seed=0, device="cuda")
+    t = torch.tensor([1, 20, 40, 64], device="cuda").repeat(batch)[:batch]
     expected = model(x_t, t)
     found = ((engine(x_t, t) - expected).norm() / expected.norm()).item()
     if not found <= LIMITS[engine.precision]:
@@ -77,8 +77,8 @@ def engine_steps(batches: list[int]) -> Iterator[tuple[str, int, Row]]:
     model = paper_model().denoiser
     for precision in PRECISIONS:
         engine = model.optimize(precision)
-        differs = difference(engine, model)
         for batch in batches:
+            differs = difference(engine, model, batch)
             sampler = sampler_of(engine, 16, 64)
             ms = median_ms(lambda sampler=sampler, batch=batch: sampler.sample(batch, STEPS)) / STEPS
             (info,) = sampler.graphs
@@ -120,8 +120,8 @@ def engine_images(batches: list[int]) -> Iterator[tuple[str, int, Row]]:
     model = paper_model()
     for precision in PRECISIONS:
         engine = model.optimize(precision)
-        difference(engine.denoiser, model.denoiser)
         for batch in batches:
+            difference(engine.denoiser, model.denoiser, batch)
             ms = median_ms(lambda engine=engine, batch=batch: engine.sample(batch, STEPS))
             yield f"engine, {precision}", batch, per_call(ms, batch)
 

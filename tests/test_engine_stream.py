@@ -81,6 +81,38 @@ def test_the_kernels_are_told_what_they_need(
     assert calls == ["read_stream", "moments_parts", "add_to_stream"] * (stages - 1) + ["read_stream", "add_to_stream"]
 
 
+WITH_WHOLE_HEADS = {"width": 384, "num_heads": 6, "num_positions": 256}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@torch.no_grad()
+def test_heads_in_one_kernel(precision: str, linked: list[LinkedStream], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIGS, "plain", WITH_WHOLE_HEADS)
+    model = model_of("plain")
+    engine, x_t, t = model.optimize(precision), latents(model, 2), torch.tensor([3, 30])
+    plain = engine(x_t, t)
+    assert distance(plain, model(x_t, t)) < PRECISIONS[precision]
+    calls = native_stream.stand_in(monkeypatch)
+    monkeypatch.setattr(stream, "supports_heads", stream.takes_heads)
+    assert torch.equal(engine(x_t, t), plain)
+    assert calls == ["attend_to_stream", "moments_parts", "add_to_stream", "read_stream", "moments_parts", "add_to_stream"] + [
+        *("attend_to_stream", "moments_parts", "add_to_stream", "read_stream", "add_to_stream")
+    ]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@torch.no_grad()
+def test_heads_in_one_kernel_on_a_gpu(precision: str, stream_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIGS, "plain", WITH_WHOLE_HEADS)
+    monkeypatch.setattr(stream, "supports_heads", lambda *arguments: calls.append(arguments) or stream.takes_heads(*arguments))
+    calls = list[tuple[Any, ...]]()
+    model = model_of("plain", "cuda")
+    engine, x_t, t = model.optimize(precision), latents(model, 20), torch.arange(1, 21, device="cuda")
+    found = engine(x_t, t)
+    assert len(calls) == 2 and all(stream.takes_heads(*arguments) for arguments in calls)
+    assert distance(found, model(x_t, t)) < PRECISIONS[precision] and torch.equal(found, engine(x_t, t))
+
+
 @torch.no_grad()
 def test_a_run_and_guidance(linked: list[LinkedStream]) -> None:
     model = model_of("cross attention")
