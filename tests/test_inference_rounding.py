@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bldm_kernels.inference.attention import E4M3
+from bldm_kernels.inference.product import dequantized, prepare
 from bldm_kernels.inference.rounding import centred, round_centred
+from bldm_kernels.inference.stream import prepare_reader
 
 
 def weights_of(rows: int, columns: int, largest: float) -> Tensor:
@@ -54,3 +56,13 @@ def test_behind_a_norm_nothing_changes() -> None:
     torch.testing.assert_close(normal @ centred(weight).T, normal @ weight.T)
     r = (h.var(1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
     torch.testing.assert_close(r * (h @ centred(weight).T), normal @ weight.T)
+
+
+def test_a_row_of_one_large_value_is_taken() -> None:
+    """Whose rounding no other value of its row makes up for."""
+    linear, norm = torch.nn.Linear(64, 32), torch.nn.LayerNorm(64)
+    with torch.no_grad():
+        linear.weight.mul_(1e-4)[:, 3] = torch.linspace(0.5, 1, 32)
+        weights = prepare(linear, torch.bfloat16, norm=norm, input_scale=torch.ones(1))
+        reader = prepare_reader(weights, norm.eps, torch.ones(1))
+    assert (dequantized(weights).sum(1).abs() > 2**-8 * dequantized(weights).norm(dim=1)).any() and reader.low

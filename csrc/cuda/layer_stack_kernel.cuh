@@ -14,7 +14,7 @@
 // are there, and most weights are asked for when products begin, not while results are written.
 //
 // LayerNorm stands behind the product: the stream x (with its offset) is read as q = x / s in e4m3, and with m and r the mean and
-// the reciprocal deviation of a row, W ((x - m) r) + b = r (s W q - m W 1) + b.
+// the reciprocal deviation of a row, W ((x - m) r) + b = r s W q + b, as the rows of W add up to 0 (inference/rounding.py).
 #pragma once
 
 #include "cuda/gelu.cuh"
