@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/gelu.cuh"
+#include "cuda/ring.cuh"
 #include "cuda/warpgroup.cuh"
 
 namespace bldm::cuda::products {
@@ -95,16 +96,6 @@ struct Shared {
     __device__ uint64_t* empty(int slot) const { return full(S::kStages) + slot; }
     __device__ uint64_t* prepared() const { return empty(S::kStages); }
     __device__ uint64_t* used() const { return empty(S::kStages) + 1; }
-};
-
-// A warp's place in the ring of stages.
-template <int kStages>
-struct RingPlace {
-    uint32_t slot = 0, parity = 0;
-
-    __device__ void advance() {
-        if (++slot == kStages) slot = 0, parity ^= 1;
-    }
 };
 
 __device__ __forceinline__ void load_values(float (&to)[4], const float* from) {

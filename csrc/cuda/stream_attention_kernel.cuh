@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/attention_kernel.cuh"
+#include "cuda/ring.cuh"
 
 namespace bldm::cuda::attend::stream {
 
@@ -86,15 +87,6 @@ struct Place {
     int rank, cluster, clusters;
 };
 
-// A warp's place in the ring of stages.
-struct RingPlace {
-    uint32_t slot = 0, parity = 0;
-
-    __device__ void advance() {
-        if (++slot == kStages) slot = 0, parity ^= 1;
-    }
-};
-
 // A warp of a mixer needs a stage no more.
 __device__ __forceinline__ void release(const Shared& s, int slot) {
     if (threadIdx.x % 32 < kCluster) arrive_at(s.empty(slot), threadIdx.x % 32);
@@ -113,7 +105,7 @@ struct Fetcher {
     const Arguments& a;
     const Shared& s;
     const Place& at;
-    RingPlace place;
+    RingPlace<kStages> place;
     int unit, step = 0;
 
     __device__ Fetcher(const Arguments& a, const Shared& s, const Place& at) : a(a), s(s), at(at), unit(at.cluster) {}
@@ -354,7 +346,7 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
     const uint32_t weights_of_values = uniform(operand(s.weights(0) + 2 * kHeadWidth * kStageDepth));
     const uint32_t queries = uniform(operand(s.part(0))), keys = uniform(operand(s.part(1))), values = uniform(operand(s.part(2)));
     uint32_t turns = 0;
-    RingPlace place;
+    RingPlace<kStages> place;
     if (mixer == 1 && threadIdx.x % 32 == 0) arrive(s.turn(0));
     wait_for_inputs();
     for (int unit = at.cluster; unit < a.units; unit += at.clusters) {

@@ -65,11 +65,6 @@ __device__ __forceinline__ float4 load_four_again(const float* from) {
     return x;
 }
 
-__device__ __forceinline__ float2 load_two_again(const float* from) {
-    float2 x;
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared_address(from)));
-    return x;
-}
 // A value of which nothing is computed before, in registers that a kernel has not got.
 __device__ __forceinline__ uint32_t from_here_on(uint32_t x) {
     asm volatile("" : "+r"(x));
@@ -110,16 +105,6 @@ __device__ __forceinline__ uint16_t e4m3_pair(float low, float high) {
     uint16_t both;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
     return both;
-}
-
-// Of four e4m3 values.
-__device__ __forceinline__ void values_of_e4m3(float* to, uint32_t four) {
-    uint32_t low, high;
-    asm("{\n\t.reg .b16 a, b;\n\tmov.b32 {a, b}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, a;\n\tcvt.rn.f16x2.e4m3x2 %1, b;\n\t}"
-        : "=r"(low), "=r"(high)
-        : "r"(four));
-    const float2 x = __half22float2(reinterpret_cast<const __half2&>(low)), y = __half22float2(reinterpret_cast<const __half2&>(high));
-    to[0] = x.x, to[1] = x.y, to[2] = y.x, to[3] = y.y;
 }
 
 // Operands of the products below are rows of 64 values as `operand` has them. A thread has of results what it has in

@@ -66,11 +66,7 @@ void store_if(bool there, void* to, Words x) {
 }
 inline void added_up_here(float (&)[2]) {}
 inline float4 load_four_again(const float* from) { return load_four(shared_address(from)); }
-inline float2 load_two_again(const float* from) { return {from[0], from[1]}; }
 inline uint32_t from_here_on(uint32_t x) { return x; }
-inline void values_of_e4m3(float* to, uint32_t four) {
-    for (int i = 0; i < 4; ++i) to[i] = from_e4m3(uint8_t(four >> 8 * i));
-}
 inline float log2_fast(float x) { return std::log2(x); }
 inline uint32_t bfloat16_pair(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
 inline uint16_t e4m3_pair(float low, float high) { return uint16_t(to_e4m3(low) | to_e4m3(high) << 8); }
