@@ -19,7 +19,7 @@
 namespace bldm::cuda::products {
 
 // One operand of a block's stages: all of its rows for this block, or, where the cluster shares them, half of them for both.
-template <int kTileRows>
+template <int kTileRows, Keep kKeep = kAsUsual>
 struct Operand {
     static constexpr int kPart = kTileRows / kCluster;
     const TensorMap* map;
@@ -28,19 +28,20 @@ struct Operand {
 
     __device__ void fetch(uint8_t* to, int x, uint64_t* barrier) const {
         if (shared)
-            copy_box_to((1 << kCluster) - 1, to + rank * kPart * kStageDepth, map, x, first_row + rank * kPart, 0, barrier);
+            copy_box_to<kKeep>((1 << kCluster) - 1, to + rank * kPart * kStageDepth, map, x, first_row + rank * kPart, 0, barrier);
         else
-            copy_box(to, map, x, first_row, 0, barrier);
+            copy_box<kKeep>(to, map, x, first_row, 0, barrier);
     }
 };
 
 // One thread. Weights do not depend on the kernel before this one, so some are asked for before it ends: those of more stages would
 // only be in the way of the first rows.
 constexpr int kBegun = 2;
-template <bool kLow, class S>
+template <Kind kKind, bool kLow, class S>
 __device__ inline void fetch_all(const Arguments& a, const Shared<S>& s, int rank, int cluster, int clusters) {
     constexpr int kValues = kStageDepth / (kLow ? 1 : 2);
-    Operand<S::kRows> rows{&a.rows, !a.share_weights, rank, 0};
+    // What is multiplied for the stream is read nowhere else.
+    Operand<S::kRows, kKind == kAdd ? kBriefly : kAsUsual> rows{&a.rows, !a.share_weights, rank, 0};
     Operand<S::kColumns> weights{&a.weights, bool(a.share_weights), rank, 0};
     const auto begin = [&](RingPlace<S::kStages> place, int step) {
         wait_for(s.empty(place.slot), place.parity ^ 1);
@@ -175,7 +176,7 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(S::kBlockThr
     } else {
         give_registers<S::kFetcherRegisters>();
         if (threadIdx.x % kGroup == 0)
-            fetch_all<kLow>(a, s, rank, cluster, clusters);
+            fetch_all<kKind, kLow>(a, s, rank, cluster, clusters);
         else if (threadIdx.x % kGroup >= 32)
             prepare<kKind, kLow>(a, s, rank, cluster, clusters);
     }

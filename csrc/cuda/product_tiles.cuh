@@ -22,7 +22,8 @@ struct Arguments {
     TensorMap rows, weights;           // boxes of a tile, or of a block's share of it
     int num_rows, num_columns, steps;  // steps of k
     int column_tiles, share_weights;
-    int row_groups, column_groups, rows_first;  // of tiles, of which a cluster has one at a time, and their order
+    int row_groups, column_groups;              // of tiles, of which a cluster has one at a time
+    int rows_first, backwards;                  // their order
     const float *input_scale, *weight_scale;    // of e4m3
     const float* bias;
     // Read: of the rows their moments, in parts
@@ -44,6 +45,7 @@ struct Tile {
     int row_tile, column_tile;
 
     __device__ Tile(const Arguments& a, int unit, int rank) {
+        if (a.backwards) unit = a.units - 1 - unit;
         row_tile = a.rows_first ? unit % a.row_groups : unit / a.column_groups;
         column_tile = a.rows_first ? unit / a.row_groups : unit % a.column_groups;
         if (a.share_weights)

@@ -117,8 +117,9 @@ struct Fetcher {
                      (part * a.heads + Head(a, unit, at.rank).head) * kHeadWidth, 0, s.full(slot));
     }
     __device__ void fetch_rows(int slot, int step) const {
-        copy_box_to((1 << kCluster) - 1, s.rows(slot) + at.rank * kBoxBytes, &a.rows, step * kValues, at.rank * kBoxTokens,
-                    Head(a, unit, at.rank).sample, s.full(slot));
+        // The next kernel but one adds to it.
+        copy_box_to<kLong>((1 << kCluster) - 1, s.rows(slot) + at.rank * kBoxBytes, &a.rows, step * kValues, at.rank * kBoxTokens,
+                           Head(a, unit, at.rank).sample, s.full(slot));
     }
     // The first stages of all: weights do not depend on the kernel in front of this one.
     __device__ void begin() {

@@ -14,23 +14,28 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// How long what is copied should stay in the cache that all blocks share, beside what else is there: as its policies are encoded.
+enum Keep : uint64_t { kBriefly = 0x12F0000000000000, kAsUsual = 0x1000000000000000, kLong = 0x14F0000000000000 };
+
 // The map's box from (x, y, z) on into shared memory, in the map's swizzle; zeros where the tensor ends. The barrier expects all
 // bytes of the box, these too.
+template <Keep kKeep = kAsUsual>
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-            shared_address(to)),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
+        "[%5], %6;" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(kKeep)
         : "memory");
 }
 
 // The same to the same place of every block of the cluster whose bit is set, and to its barrier.
+template <Keep kKeep = kAsUsual>
 __device__ __forceinline__ void copy_box_to(uint16_t blocks, void* to, const TensorMap* map, int x, int y, int z,
                                             uint64_t* barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, "
-        "%4}], [%5], %6;" ::"r"(shared_address(to)),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(blocks)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
+        "[%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(blocks), "l"(kKeep)
         : "memory");
 }
 

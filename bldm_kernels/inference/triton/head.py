@@ -162,8 +162,8 @@ def head_step(
     store_kept(out + offset, x, there, keep_mask, keep_bits, mask_stride, bits_stride, sample, byte)
 
 
-# Up to how many rows: rows, channels and k of a program.
-TILES = ((512, 16, 16, 128), (1024, 16, 32, 128), (4096, 32, 32, 64), (2**62, 32, 64, 64))
+# Up to how many rows: rows, channels, k and warps of a program.
+TILES = ((512, 16, 16, 128, 4), (1024, 16, 32, 128, 4), (4096, 16, 64, 64, 2), (2**62, 32, 64, 64, 2))
 
 
 def _tiles(num_rows: int, num_bits: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -172,11 +172,11 @@ def _tiles(num_rows: int, num_bits: int, width: int) -> tuple[tuple[int, int], d
     Never 64 rows: their product would run asynchronously, and Triton 3.6 would load the next tile of h over the one it still
     reads, since a tile that is also read into registers, here for its mean and variance, gets one buffer too few.
     """
-    block_m, most, block_k = next(tile for rows, *tile in TILES if num_rows <= rows)
+    block_m, most, block_k, warps = next(tile for rows, *tile in TILES if num_rows <= rows)
     block_c = min(max(next_power_of_2(num_bits), 16), most)
     grid = (ceil_div(num_rows, block_m), ceil_div(num_bits, block_c))
     tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k, "STEPS": ceil_div(width, block_k)}
-    return grid, tile | {"num_warps": 4, "num_stages": 4}
+    return grid, tile | {"num_warps": warps, "num_stages": 4}
 
 
 def logits(h: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float, num_positions: int, pdl: bool, out: Tensor) -> None:

@@ -42,10 +42,13 @@ inline void copy_box_to_block(int block, void* to, const TensorMap* map, int x, 
         emulator::end_copy(block, *b, map.rows * 128);
     });
 }
-inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
+enum Keep { kBriefly, kAsUsual, kLong };
+template <Keep kKeep = kAsUsual>
+void copy_box(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
     copy_box_to_block(machine.current->block, to, map, x, y, z, barrier);
 }
-inline void copy_box_to(uint16_t blocks, void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
+template <Keep kKeep = kAsUsual>
+void copy_box_to(uint16_t blocks, void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
     for (int rank = 0; rank < machine.cluster; ++rank)
         if (blocks >> rank & 1) copy_box_to_block(machine.neighbour(rank), to, map, x, y, z, barrier);
 }
