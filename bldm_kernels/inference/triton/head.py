@@ -162,26 +162,26 @@ def head_step(
     store_kept(out + offset, x, there, keep_mask, keep_bits, mask_stride, bits_stride, sample, byte)
 
 
-# Up to how many rows: rows, channels, k and warps of a program.
-TILES = ((512, 16, 16, 128, 4), (1024, 16, 32, 128, 4), (4096, 16, 64, 64, 2), (2**62, 32, 64, 64, 2))
+# Up to how many rows: rows, channels and k of a program, and its warps, without guidance and with it, which needs more registers.
+TILES = ((512, 16, 16, 128, 4, 4), (1024, 16, 32, 128, 4, 4), (4096, 16, 64, 64, 2, 2), (2**62, 32, 64, 64, 2, 4))
 
 
-def _tiles(num_rows: int, num_bits: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+def _tiles(num_rows: int, num_bits: int, width: int, guided: bool) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile: small ones where there are few rows, so that the whole GPU takes part.
 
     Never 64 rows: their product would run asynchronously, and Triton 3.6 would load the next tile of h over the one it still
     reads, since a tile that is also read into registers, here for its mean and variance, gets one buffer too few.
     """
-    block_m, most, block_k, warps = next(tile for rows, *tile in TILES if num_rows <= rows)
+    block_m, most, block_k, *warps = next(tile for rows, *tile in TILES if num_rows <= rows)
     block_c = min(max(next_power_of_2(num_bits), 16), most)
     grid = (ceil_div(num_rows, block_m), ceil_div(num_bits, block_c))
     tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k, "STEPS": ceil_div(width, block_k)}
-    return grid, tile | {"num_warps": warps, "num_stages": 4}
+    return grid, tile | {"num_warps": warps[guided], "num_stages": 4}
 
 
 def logits(h: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float, num_positions: int, pdl: bool, out: Tensor) -> None:
     num_samples, num_tokens, width = h.shape
-    grid, tile = _tiles(num_samples * num_positions, len(weight), width)
+    grid, tile = _tiles(num_samples * num_positions, len(weight), width, False)
     sizes = (num_samples, num_positions, num_tokens, len(weight), width, eps)
     with on_device(h):
         head_logits[grid](h, weight, sums, bias, out, *sizes, **dependent_launch(pdl), enable_fp_fusion=False, **tile)
@@ -219,7 +219,7 @@ def step(
 ) -> None:
     num_samples, num_positions = x_t.shape[:2]
     num_bits, width = weight.shape
-    grid, tile = _tiles(num_samples * num_positions, num_bits, width)
+    grid, tile = _tiles(num_samples * num_positions, num_bits, width, guided)
     with on_device(h):
         head_step[grid](
             h,
