@@ -65,7 +65,7 @@ extern "C" const char* run(const Launch* launch) {
         a.column_tiles = column_tiles, a.share_weights = l.share_weights;
         a.row_groups = l.share_weights ? ceil_div(row_tiles, kCluster) : row_tiles;
         a.column_groups = l.share_weights ? column_tiles : ceil_div(column_tiles, kCluster);
-        a.units = a.row_groups * a.column_groups, a.rows_first = l.rows_first;
+        a.units = a.row_groups * a.column_groups, a.rows_first = l.rows_first, a.backwards = l.kind == kAdd;
         a.input_scale = l.input_scale, a.weight_scale = l.weight_scale;
         a.bias = l.bias, a.moments = reinterpret_cast<const float2*>(l.moments);
         a.parts = int(l.parts), a.depth = int(l.depth), a.eps = l.eps, a.out = l.out, a.out_scale = l.out_scale;
