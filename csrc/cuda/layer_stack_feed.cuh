@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/layer_stack.cuh"
+#include "cuda/norm.cuh"
 
 namespace bldm::cuda::stack {
 
@@ -121,8 +122,7 @@ struct Fetcher {
         float sum = 0, squares = 0;
 #pragma unroll
         for (const float4& two : moments) sum += two.x + two.z, squares += two.y + two.w;
-        const float mean = sum / kWidth;
-        return rsqrtf(fmaxf(squares / kWidth - mean * mean, 0) + a.eps) * of_product;
+        return scale_behind_norm(sum / kWidth, squares / kWidth, a.eps, of_product);
     }
 
     // Queries and keys, then values.

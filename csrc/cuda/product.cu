@@ -11,7 +11,7 @@ using namespace products;
 struct Tiling {
     int shape, rows, columns, parts;  // which of the shapes; of a tile; of a tile's moments
     int stage, read;                  // cycles of a stage's products, and of writing a tile
-    int added, added_often;           // of adding it to the stream, and to one that is too large for the cache
+    int added, added_often;           // of adding it to the stream, as one of two at most of a block, and of more
     bool share_weights;
 
     // Of tiles of a cluster, in rows and in columns.

@@ -14,6 +14,7 @@
 // The weights' rows come in an order (inference/stream.py) in which eight neighbouring columns of a row are one thread's.
 #pragma once
 
+#include "cuda/norm.cuh"
 #include "cuda/product_tiles.cuh"
 
 namespace bldm::cuda::products {
@@ -99,8 +100,7 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
                         const float2 x = a.moments[int64_t(part) * a.num_rows + first_row + row];
                         sum += x.x, squares += x.y;
                     }
-                const float mean = sum / a.depth, variance = squares / a.depth - mean * mean;
-                s.scales()[row] = rsqrtf(fmaxf(variance, 0) + a.eps) * scale;
+                s.scales()[row] = scale_behind_norm(sum / a.depth, squares / a.depth, a.eps, scale);
             }
         }
         __syncwarp();

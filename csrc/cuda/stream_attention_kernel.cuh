@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/attention_kernel.cuh"
+#include "cuda/norm.cuh"
 #include "cuda/ring.cuh"
 
 namespace bldm::cuda::attend::stream {
@@ -164,8 +165,8 @@ __device__ __forceinline__ void prepare(const Arguments& a, const Shared& s, con
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) sum += x[i].x, squares += x[i].y;
         }
-        const float by = 1.f / a.depth, mean = sum * by;
-        s.scales()[row] = rsqrtf(fmaxf(squares * by - mean * mean, 0) + a.eps) * scale;
+        const float by = 1.f / a.depth;
+        s.scales()[row] = scale_behind_norm(sum * by, squares * by, a.eps, scale);
     }
 }
 
