@@ -1,11 +1,13 @@
 """Decoding and encoding of the paper's autoencoder (256 px, 64 bits a position): the module, the module compiled, and the engine.
 
     python benchmarks/autoencoder.py [--parts bf16,fp16,shipped,autocast,compiled] [--directions decode,encode] [--batches 1,8,32]
+                                     [--commit hash]
 
 Random weights. Every way is first held against the float32 module: images within 1.5 of 255 grey levels in the mean (random
 weights amplify rounding; the rows of autocast say how much), at most 2 % of the bits different. Times are of whole calls,
 decoding to uint8 pixels, encoding to packed bits: the median of several calls.
-Writes benchmarks/results/autoencoder_<device>.json; parts that a run leaves out keep their earlier numbers.
+Writes benchmarks/results/autoencoder_<device>.json after every row, with date and commit; parts that a run leaves out keep their
+earlier numbers.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import Any
 
 import bldm
 import torch
+from bldm.bench.run import commit as current_commit
 from bldm.bench.timing import Timer
 from bldm.grid import to_uint8
 from torch import Tensor
@@ -88,11 +91,20 @@ def main() -> None:
     parser.add_argument("--parts", default="bf16,fp16,shipped,autocast,compiled")
     parser.add_argument("--directions", default="decode,encode")
     parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--commit", help="of this source, where it is no git checkout")
     arguments = parser.parse_args()
     batches = [int(size) for size in arguments.batches.split(",")]
     device = re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower()
     path = Path(__file__).parent / "results" / f"autoencoder_{device}.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results["machine"] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "command": "python benchmarks/autoencoder.py",
+        "bldm": bldm.__version__,
+    }
+    of_run = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": arguments.commit or current_commit()}
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = bldm.BinaryAutoencoder(**PAPER).eval()
@@ -112,18 +124,10 @@ def main() -> None:
                         first = time.perf_counter() - began
                         ms = timer(lambda call=calls[direction], some=x[:batch]: call(some), flush=False).p50
                         row = {"ms": ms, "ms_per_image": ms / batch, "first_call_s": first, "difference": difference}
-                        row = {key: float(f"{value:.4g}") for key, value in row.items()}
+                        row = {key: float(f"{value:.4g}") for key, value in row.items()} | of_run
                         results.setdefault(direction, {}).setdefault(name, {})[str(batch)] = row
+                        path.write_text(json.dumps(results, indent=2) + "\n")
                         print(f"{direction}, {name}, batch {batch}: {json.dumps(row)}", flush=True)
-                results["machine"] = {
-                    "device": torch.cuda.get_device_name(),
-                    "torch": torch.__version__,
-                    "cudnn": torch.backends.cudnn.version(),
-                    "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                    "command": "python benchmarks/autoencoder.py",
-                    "bldm": bldm.__version__,
-                }
-                path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
