@@ -123,8 +123,8 @@ def main() -> None:
                         torch.cuda.synchronize()
                         first = time.perf_counter() - began
                         ms = timer(lambda call=calls[direction], some=x[:batch]: call(some), flush=False).p50
-                        row = {"ms": ms, "ms_per_image": ms / batch, "first_call_s": first, "difference": difference}
-                        row = {key: float(f"{value:.4g}") for key, value in row.items()} | of_run
+                        found = {"ms": ms, "ms_per_image": ms / batch, "first_call_s": first, "difference": difference}
+                        row = {**{key: float(f"{value:.4g}") for key, value in found.items()}, **of_run}
                         results.setdefault(direction, {}).setdefault(name, {})[str(batch)] = row
                         path.write_text(json.dumps(results, indent=2) + "\n")
                         print(f"{direction}, {name}, batch {batch}: {json.dumps(row)}", flush=True)
