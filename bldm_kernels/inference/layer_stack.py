@@ -145,13 +145,14 @@ class LayerStack:
         return h
 
     def _scratch_of(self, rows: int, stream: int) -> tuple[Tensor, ...]:
-        """Bytes of the stream, qkv, mixed and inner in tiles, moments, and the counters, which start at 0 and end there."""
+        """Bytes of the stream, qkv, mixed and inner in tiles, moments, and the counters, which start at 0 and end there. Rows
+        that only fill a tile up are 0."""
         if (rows, stream) not in self._scratch:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("layer_stack: call it once on this stream before a capture")
             device, padded = self.weights.device, -(-rows // ROWS) * ROWS
             widths = (WIDTH, 2 * 3 * WIDTH, WIDTH, HIDDEN)  # qkv is bfloat16
-            made = [torch.empty(padded, width, dtype=torch.uint8, device=device) for width in widths]
+            made = [torch.zeros(padded, width, dtype=torch.uint8, device=device) for width in widths]
             moments = torch.empty(rows, 2 * WIDTH // COLUMNS, 2, device=device)
             count = load_part("cuda")[0].layer_stack_counters(rows, self.num_layers)  # type: ignore[union-attr]
             self._scratch[rows, stream] = (*made, moments, torch.zeros(count, dtype=torch.int32, device=device))

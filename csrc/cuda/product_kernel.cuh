@@ -79,11 +79,10 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
         if (kKind == kAdd) s.factors()[1] = a.stream ? 1 / *a.stream_scale : 1;
         if (kKind == kReadGelu) s.factors()[1] = a.out_scale ? 1 / *a.out_scale : 0;
     }
-    uint32_t parity = 0;
-    for (int unit = cluster; unit < a.units; unit += clusters, parity ^= 1) {
+    for (int unit = cluster; unit < a.units; unit += clusters) {
         const Tile tile(a, unit, rank);
         const int first_row = tile.row_tile * S::kRows, first_column = tile.column_tile * S::kColumns;
-        wait_for(s.used(), parity ^ 1);
+        if (unit != cluster) sync_part<kPreparers + S::kGroups * kGroup>(kUsed);
         for (int column = i; column < S::kColumns; column += kPreparers)
             s.bias()[column] = first_column + column < a.num_columns ? __ldg(a.bias + first_column + column) * of_all : 0;
         if (unit == cluster) wait_for_inputs();
@@ -104,7 +103,8 @@ __device__ inline void prepare(const Arguments& a, const Shared<S>& s, int rank,
             }
         }
         __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(s.prepared());
+#pragma unroll
+        for (int group = 0; group < S::kGroups; ++group) arrive_part<kPreparers + kGroup>(kPrepared + group);
     }
 }
 
@@ -121,8 +121,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Shared<S>& s,
     };
     wait_for_inputs();
     RingPlace<S::kStages> place;
-    uint32_t parity = 0;
-    for (int unit = cluster; unit < a.units; unit += clusters, parity ^= 1) {
+    for (int unit = cluster; unit < a.units; unit += clusters) {
         const Part<S> part(a, s, Tile(a, unit, rank), first_row, first_column);
         if constexpr (kKind == kAdd) part.ask_for_stream();
         float sums[S::kBlocks][S::kWidth / 2];
@@ -146,13 +145,13 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Shared<S>& s,
         release(last);
 #pragma unroll
         for (int block = 0; block < S::kBlocks; ++block) settle(sums[block]);
-        wait_for(s.prepared(), parity);
+        sync_part<kPreparers + kGroup>(kPrepared + group);
         if constexpr (kKind == kAdd)
             part.template add<kLow>(sums);
         else
             part.template write<kKind, kLow>(sums);
         __syncwarp();
-        if (lane == 0) arrive(s.used());
+        if (unit + clusters < a.units) arrive_part<kPreparers + S::kGroups * kGroup>(kUsed);
     }
 }
 
@@ -165,7 +164,6 @@ static __global__ void __cluster_dims__(kCluster) __launch_bounds__(S::kBlockThr
     if (threadIdx.x == 0) {
         prefetch_map(&a.rows), prefetch_map(&a.weights);
         for (int i = 0; i < S::kStages; ++i) init_barrier(s.full(i), 1), init_barrier(s.empty(i), S::kGroups * 4 * kCluster);
-        init_barrier(s.prepared(), kPreparers / 32), init_barrier(s.used(), S::kGroups * 4);
         publish_barriers();
     }
     meet_cluster();

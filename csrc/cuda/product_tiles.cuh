@@ -11,6 +11,7 @@ constexpr int kGroup = 128, kCluster = 2;
 constexpr int kStageDepth = 128;         // bytes of k
 constexpr int kNeighbours = 8;           // columns of a thread, of 32
 constexpr int kPreparers = kGroup - 32;  // threads that prepare what is needed behind the product
+constexpr int kUsed = 2, kPrepared = 3;  // barriers: scales and biases may be written; they are there, for every warpgroup
 
 enum Kind { kRead, kReadGelu, kAdd };
 
@@ -77,7 +78,7 @@ struct Shared {
     static constexpr int kRowBytes = S::kRows * kStageDepth, kStageBytes = kRowBytes + S::kColumns * kStageDepth;
     static constexpr int kAheadBytes = S::kAhead * 2 * 16 * S::kGroups * kGroup;
     static constexpr int kBytes =
-        S::kStages * kStageBytes + kAheadBytes + S::kRows * 4 + 16 + S::kColumns * 4 + (2 * S::kStages + 2) * 8;
+        S::kStages * kStageBytes + kAheadBytes + S::kRows * 4 + 16 + S::kColumns * 4 + 2 * S::kStages * 8;
     static_assert(kBytes <= 227 * 1024);
 
     uint8_t* stages;
@@ -93,11 +94,9 @@ struct Shared {
     // Of all tiles: what sums are multiplied by, and the copy in e4m3, or GELU in e4m3.
     __device__ float* factors() const { return scales() + S::kRows; }
     __device__ float* bias() const { return factors() + 4; }  // of a tile's columns
-    // A stage is there; both blocks of the cluster may write it; scales and biases are there; they may be written.
+    // A stage is there; both blocks of the cluster may write it.
     __device__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(bias() + S::kColumns) + slot; }
     __device__ uint64_t* empty(int slot) const { return full(S::kStages) + slot; }
-    __device__ uint64_t* prepared() const { return empty(S::kStages); }
-    __device__ uint64_t* used() const { return empty(S::kStages) + 1; }
 };
 
 __device__ __forceinline__ void load_values(float (&to)[4], const float* from) {

@@ -93,8 +93,15 @@ __device__ __forceinline__ void release(const Shared& s, int slot) {
     if (threadIdx.x % 32 < kCluster) arrive_at(s.empty(slot), threadIdx.x % 32);
 }
 
-// All have multiplied, or have written.
-__device__ __forceinline__ void meet_all() { sync_part<kBlockThreads>(3); }
+// All have multiplied, or have written: mixers, and the feeder, which waits for them first.
+__device__ __forceinline__ void meet_feeder() {
+    arrive_part<kBlockThreads>(4);
+    sync_part<kBlockThreads>(3);
+}
+__device__ __forceinline__ void meet_mixers() {
+    sync_part<kBlockThreads>(4);
+    arrive_part<kBlockThreads>(3);
+}
 
 // Which column of a head a place among 64 is: the weights' order, of every 32.
 __device__ __forceinline__ int column_of(int place) { return place / 32 * 32 + place % 8 / 2 * 8 + place % 32 / 8 * 2 + place % 2; }
@@ -267,12 +274,12 @@ __device__ inline void feed(const Arguments& a, const Shared& s, const Place& at
             for (int step = unit == at.cluster; step < a.steps; ++step) fetcher.fetch();
         if (tid >= kGroup - kPreparers) prepare(a, s, head, tid - (kGroup - kPreparers), scale);
         __syncwarp();
-        meet_all();
+        meet_mixers();
         // Mixers take 16 values at a time, and those that have no weight have to be numbers.
         for (int i = tid; i < (kMostTokens - kMost) * kTokenBytes / 4; i += kGroup)
             store_word(shared_address(s.part(2)) + kMost * kTokenBytes + 4 * i, 0);
         fence_async_shared();
-        meet_all();
+        meet_mixers();
         for (int query = kTiled; query < a.tokens; ++query)
             mix_query(s, query, a.tokens, tid, [&](int column, float result) {
                 const int64_t to = head.out_offset(a, query) + column;
@@ -379,13 +386,13 @@ __device__ __forceinline__ void multiply_and_mix(const Arguments& a, const Share
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) settle(sums[i]);
             settle(rest[0]), settle(rest[1]);
-            meet_all();
+            meet_feeder();
             write_rest(s, rest[0], mixer, a.tokens);
             if (mixer == 0) write_rest(s, rest[1], 2, a.tokens);
             write_parts(s, sums, mixer);
         }
         fence_async_shared();
-        meet_all();
+        meet_feeder();
 #pragma unroll 1
         for (int tile = 0; tile < kTiles; ++tile) {
             const int first = (tile * kMixers + mixer) * kTileQueries;

@@ -89,10 +89,15 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The kThreads threads that have this barrier for themselves; 0 and 1 are taken.
+// The kThreads threads that have this barrier for themselves; 0 and 1 are taken. Of those, some may arrive only, by whole warps;
+// the others have it in one place of the code: in two, synccheck finds them divergent.
 template <int kThreads>
 __device__ __forceinline__ void sync_part(int barrier) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void arrive_part(int barrier) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 __device__ __forceinline__ float log2_fast(float x) {

@@ -122,12 +122,13 @@ inline void expect(bool holds, const char* why) {
     if (!holds) fail(why);
 }
 
+inline void arrive(Meeting& meeting, int threads) {
+    if (++meeting.there == threads) meeting.there = 0, ++meeting.times, ++machine.progress;
+}
+
 inline void meet(Meeting& meeting, int threads) {
     const uint32_t before = meeting.times;
-    if (++meeting.there == threads) {
-        meeting.there = 0, ++meeting.times, ++machine.progress;
-        return;
-    }
+    arrive(meeting, threads);
     wait_while(&meeting.times, before);
 }
 
@@ -173,7 +174,8 @@ inline void copy(uint8_t* to, const void* from, uint32_t bytes, int block, uint6
 inline void begin_thread() {
     machine.kernel();
     machine.current->done = true;
-    --machine.block().running;
+    if (!--machine.block().running)
+        for (const Meeting& part : machine.block().parts) expect(part.there == 0, "a block that ended before all of a part met");
     ++machine.progress;
     for (;;) give_way();
 }

@@ -61,6 +61,8 @@ template <int kRegisters>
 void give_registers() {}
 template <int kThreads>
 void sync_part(int barrier) { emulator::meet(machine.block().parts[barrier], kThreads); }
+template <int kThreads>
+void arrive_part(int barrier) { emulator::arrive(machine.block().parts[barrier], kThreads); }
 
 template <class Words>
 void store_if(bool there, void* to, Words x) {
