@@ -32,9 +32,10 @@ tail -n 5 "$out/tests.log"
 if [ -z "${SKIP_SANITIZER:-}" ]; then
     for tool in memcheck racecheck initcheck synccheck; do
         options=(--tool "$tool" --error-exitcode 1)
-        # One lane of a warp arrives for all of them, where they have met before.
-        [ "$tool" = racecheck ] && options+=(--racecheck-indirect-barrier-dependency)
-        step "$tool" 300 compute-sanitizer "${options[@]}" "$python" tests/sanitize.py
+        # One lane of a warp arrives for all of them, where they have met before. Products are left out, as it does not know that who
+        # arrives at a barrier that others wait for has read; the emulated machine does (tests/emulator).
+        [ "$tool" = racecheck ] && options+=(--racecheck-indirect-barrier-dependency --kernel-name-exclude kns=products)
+        step "$tool" 600 compute-sanitizer "${options[@]}" "$python" tests/sanitize.py
     done
 fi
 if [ -z "${SKIP_BENCHMARK:-}" ]; then
