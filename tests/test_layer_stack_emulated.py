@@ -86,7 +86,11 @@ def test_several_layers_and_any_order_of_events(emulated: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize(
-    "which, said", [(0, "deadlock: 128 threads wait"), (1, "more arrivals"), (2, "no multiple of 16 bytes"), (3, "read before")]
+    "which, said",
+    [
+        *((0, "deadlock: 128 threads wait"), (1, "more arrivals"), (2, "no multiple of 16 bytes"), (3, "read before")),
+        (4, "ended before all of a part met"),
+    ],
 )
 def test_the_machine_notices_what_is_wrong(emulated: ctypes.CDLL, which: int, said: str) -> None:
     assert said in emulated.self_check(which).decode()

@@ -1,5 +1,6 @@
 // Kernels that are wrong, to see that the machine notices; returns what it said.
 #include "cuda/cluster.cuh"
+#include "cuda/warpgroup.cuh"
 
 namespace {
 
@@ -35,11 +36,13 @@ void read_at_once() {
     if (shared[32] != 1) emulator::fail("read before it was there");
 }
 
+void arrive_for_nobody() { arrive_part<64>(2); }
+
 }  // namespace
 
 extern "C" const char* self_check(int which) {
     static std::string error;
-    void (*const kernels[])() = {wait_in_vain, arrive_too_often, copy_anywhere, read_at_once};
+    void (*const kernels[])() = {wait_in_vain, arrive_too_often, copy_anywhere, read_at_once, arrive_for_nobody};
     error.clear();
     try {
         emulator::launch(4, 32, 4, 1024, 0, kernels[which]);
