@@ -39,6 +39,7 @@ def linked(monkeypatch: pytest.MonkeyPatch) -> list[LinkedStream]:
 def test_logits_are_close_to_those_of_the_model(config: str, precision: str, linked: list[LinkedStream]) -> None:
     model = model_of(config)
     engine = model.optimize(precision)
+    linked.clear()
     x_t, t = latents(model), torch.tensor([1, 2, 7, 20, 31, 32])
     for count, cond in enumerate(conditions(model), 1):
         assert distance(engine(x_t, t, cond), model(x_t, t, cond)) < PRECISIONS[precision]
@@ -104,10 +105,10 @@ def test_heads_in_one_kernel(precision: str, linked: list[LinkedStream], monkeyp
 @torch.no_grad()
 def test_heads_in_one_kernel_on_a_gpu(precision: str, stream_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONFIGS, "plain", WITH_WHOLE_HEADS)
-    monkeypatch.setattr(stream, "supports_heads", lambda *arguments: calls.append(arguments) or stream.takes_heads(*arguments))
-    calls = list[tuple[Any, ...]]()
     model = model_of("plain", "cuda")
     engine, x_t, t = model.optimize(precision), latents(model, 20), torch.arange(1, 21, device="cuda")
+    calls = list[tuple[Any, ...]]()
+    monkeypatch.setattr(stream, "supports_heads", lambda *arguments: calls.append(arguments) or stream.takes_heads(*arguments))
     found = engine(x_t, t)
     assert len(calls) == 2 and all(stream.takes_heads(*arguments) for arguments in calls)
     assert distance(found, model(x_t, t)) < PRECISIONS[precision] and torch.equal(found, engine(x_t, t))

@@ -16,7 +16,7 @@ from .. import checks, dispatch
 from . import cublas
 from .attention import E4M3, E4M3_MAX, check_scale, to_e4m3
 from .choice import triton_runs_on
-from .rounding import centred, round_centred
+from .rounding import centred, lengthened, round_centred
 
 # From 1,024 rows on cuBLASLt is the faster one in e4m3; in more than 4,096, where there is much to do behind a product, ours.
 FEW_ROWS, MANY_ROWS = 1024, 4096
@@ -24,7 +24,7 @@ FEW_ROWS, MANY_ROWS = 1024, 4096
 
 class Weights(NamedTuple):
     """A layer, prepared by `prepare`: weight (N, K) in bfloat16, float32, float64 or e4m3; bias (N,) in the dtype of the output;
-    for e4m3 two one-element float32 tensors, of what the input and the weights are stored divided by."""
+    for e4m3 two one-element float32 tensors, of what the input and the weights are stored divided by, see `lengthened`."""
 
     weight: Tensor
     bias: Tensor
@@ -63,7 +63,7 @@ def prepare(
         return Weights(rounded(weight, dtype).contiguous(), bias.to(dtype))
     scale = (weight.abs().max() / E4M3_MAX).clamp(min=1e-30).float().reshape(1)
     low = rounded(weight / scale.double(), E4M3).contiguous()
-    return Weights(low, bias.to(dtype), input_scale.float().reshape(1), scale)
+    return Weights(low, bias.to(dtype), input_scale.float().reshape(1), lengthened(scale.double(), weight, low).float())
 
 
 def plain(x: Tensor, weights: Weights, gelu: bool = False, bias: bool = True) -> Tensor:

@@ -17,7 +17,7 @@ from bldm_kernels.inference.head import Head, fold_head, head_logits, head_step
 from ..denoiser import TIME_EMBEDDINGS, BinaryDenoiser, Conditioned
 from ..parts import part
 from .blocks import EngineBlock, Scales, set_offsets
-from .calibrate import calibrate
+from .calibrate import Call, calibrate, gain
 from .report import Part, warn_of_fallbacks
 from .stack import BlockStack
 from .stream import StreamKernels
@@ -71,9 +71,10 @@ class DenoiserEngine(nn.Module, Conditioned):
         bk.checks.option("precision", precision, DTYPES)
         bk.checks.option("prediction", prediction, ("flip", "x_0"))
         scales: list[Scales] = [{} for _ in model.blocks]
+        calls: list[Call] = []
         if precision == "fp8":
             schedule = bk.BernoulliSchedule("linear", model.num_steps) if schedule is None else schedule
-            scales = calibrate(model, schedule, prediction, calibration, calibration_cond)
+            scales, calls = calibrate(model, schedule, prediction, calibration, calibration_cond)
         self.precision, self.dtype = precision, DTYPES[precision]
         self.num_positions, self.num_bits, self.num_steps = model.num_positions, model.num_bits, model.num_steps
         self.num_classes, self.null_class, self.null_label = model.num_classes, model.null_class, model.null_label
@@ -81,23 +82,31 @@ class DenoiserEngine(nn.Module, Conditioned):
         self.time_embedding, self.width = model.time_embedding, model.token_weight.shape[1]
         blocks = zip(model.blocks, scales, strict=True)
         self.blocks = nn.ModuleList(EngineBlock(block, self.dtype, known) for block, known in blocks)  # type: ignore
-        self.stack = BlockStack(self.blocks)  # type: ignore[arg-type]
-        self.kernels = StreamKernels([stage for block in self.blocks for stage in block.stages()])  # type: ignore
+        self._begin_layouts()
         self.register_buffer("token_weight", model.token_weight.to(self.dtype, copy=True))
         self.register_buffer("shift", set_offsets(self.blocks))  # type: ignore[arg-type]
         self.register_buffer("positions", model.positions.float() + model.token_bias.float() + self.shift)
-        norm, last = model.norm, model.head
-        folded = fold_head(norm.weight, norm.bias, last.weight, last.bias, eps=norm.eps, dtype=self.dtype)
-        self.head_eps = folded.eps
+        head = _folded(model, self.dtype)
+        self.head_eps = head.eps
         for name in ("weight", "sums", "bias"):
-            self.register_buffer(f"head_{name}", getattr(folded, name))
+            self.register_buffer(f"head_{name}", getattr(head, name))
         self.register_buffer("one", torch.ones(1, dtype=torch.int64, device=self.positions.device))
         # a few rows a run, so in float32
         self.time = copy.deepcopy(model.time).float()
         self.classes, self.text = copy.deepcopy(model.classes), copy.deepcopy(model.text)
         self.eval().requires_grad_(False)
+        if calls:
+            longer = _folded(model, self.dtype, gain(self, calls))
+            for mine, value in zip(self.head[:3], longer[:3], strict=True):
+                mine.copy_(value)
+            self._begin_layouts()
         if self.positions.is_cuda and precision != "float32":
             warn_of_fallbacks(self.report())
+
+    def _begin_layouts(self) -> None:
+        """Weights in the order of kernels that want another one: made when a batch first needs them."""
+        self.stack = BlockStack(self.blocks)  # type: ignore[arg-type]
+        self.kernels = StreamKernels([stage for block in self.blocks for stage in block.stages()])  # type: ignore
 
     def refresh(self, model: BinaryDenoiser, **calibration: Any) -> None:
         """Take over the weights that `model`, of the same configuration, has now: in place, so that captured graphs follow.
@@ -212,6 +221,13 @@ class Run:
             with part("head and flip"):
                 arguments = (h, engine.head, x_t.flatten(1, -2), coefficients)
                 return head_step(*arguments, step=i, pdl=engine._pdl(h), **options).view(x_t.shape)
+
+
+def _folded(model: BinaryDenoiser, dtype: torch.dtype, gain: Tensor | float = 1.0) -> Head:
+    """The model's norm and head, and what its logits are multiplied by."""
+    norm, last = model.norm, model.head
+    weight, bias = last.weight.double() * gain, last.bias.double() * gain
+    return fold_head(norm.weight, norm.bias, weight, bias, eps=norm.eps, dtype=dtype)
 
 
 @contextmanager
