@@ -22,8 +22,8 @@ from .attention import E4M3
 
 PASSES = 3  # the first one leaves half a step of a typical weight, the next ones have smaller steps for that
 BITS = {torch.bfloat16: torch.int16, E4M3: torch.int8}
-# What e4m3 leaves of <x, x>, for values whose logarithms are spread evenly: 1 less the mean square of an eighth of 2^n, evenly
-# spread between its halves, over that of the values from 2^n to 2^(n + 1).
+# What e4m3 leaves of <x, x>, for values whose logarithms are spread evenly: 1 less the mean square of an error within a step of
+# 2^n / 8, over that of the values between 2^n and 2^(n + 1).
 IN_COMMON = 1 - (2**-6 / 12) / (3 / (2 * math.log(2)))
 
 

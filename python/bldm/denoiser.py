@@ -316,7 +316,8 @@ class BinaryDenoiser(nn.Module, PretrainedModel, Conditioned):
 
         Args:
             precision: "bf16"; "fp8": the products inside the blocks in e4m3, with static scales; "float32".
-            calibration: fp8: packed latents x_0 (B, ..., P) to find the scales with (default: a short sampling run).
+            calibration: fp8: packed latents x_0 (B, ..., P) to find the scales with, and what rounding takes from the logits
+                (default: a short sampling run).
             calibration_cond: conditions of the calibration, one a latent, as in `forward`.
             schedule, prediction: what the model was trained with, for the calibration (default: linear, flips).
 
