@@ -70,9 +70,11 @@ def measure(
     judge: Callable[[Tensor], tuple[Tensor, Tensor]],
     settings: Iterable[tuple[str, float, int]],
     num_samples: int,
+    num_runs: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Reconstructions of the test images, and samples at every (rule, guidance, steps); `judge` gives classes and features."""
+    """Reconstructions of the test images, and samples at every (rule, guidance, steps), means of
+    `num_runs` runs with seeds of their own; `judge` gives classes and features."""
     real = judge(test_images)[1]
     decoded = torch.cat([model.decode(model.encode(x)) for x in test_images.split(1000)])
     decoded_predicted, decoded_features = judge(decoded)
@@ -84,25 +86,33 @@ def measure(
     samples = []
     labels = (torch.arange(num_samples) * 10 // num_samples).to(test_images.device)
     for rule, guidance, steps in settings:
-        images = model.sample(
-            num_samples,
-            steps,
-            labels=labels,
-            guidance_scale=guidance,
-            rule=rule,
-            seed=steps,
-            batch_size=batch_size,
-        )
-        classes, features = judge(images)
-        right = (classes == labels).float()
+        runs = []
+        for run in range(num_runs):
+            images = model.sample(
+                num_samples,
+                steps,
+                labels=labels,
+                guidance_scale=guidance,
+                rule=rule,
+                seed=steps + 1000 * run,
+                batch_size=batch_size,
+            )
+            classes, features = judge(images)
+            right = (classes == labels).double()
+            runs.append(
+                [right.mean().item(), frechet_distance(features, real), *(right[labels == c].mean().item() for c in range(10))]
+            )
+        classified, distance, *by_class = torch.tensor(runs, dtype=torch.float64).mean(0).tolist()
         row = {
             "rule": rule,
             "guidance": guidance,
             "steps": steps,
-            "classified_as_their_label": round(right.mean().item(), 4),
-            "frechet": round(frechet_distance(features, real), 4),
-            "by_class": [round(right[labels == c].mean().item(), 3) for c in range(10)],
+            "classified_as_their_label": round(classified, 4),
+            "frechet": round(distance, 4),
+            "by_class": [round(value, 3) for value in by_class],
         }
+        if num_runs > 1:
+            row["runs"] = [{"classified_as_their_label": round(run[0], 4), "frechet": round(run[1], 4)} for run in runs]
         samples.append(row)
         print(row, flush=True)
     return {"reconstructions": reconstructions, "samples": samples}
@@ -112,6 +122,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with the IDX files")] = Path("/usr/share/datasets/fashion-mnist"),
     model: Annotated[Path | None, typer.Option(help="Model folder [default: bundled]")] = None,
     num_samples: Annotated[int, typer.Option(help="Samples for each figure")] = 10_000,
+    num_runs: Annotated[int, typer.Option(min=1, help="Runs of every setting, with other seeds; figures are their means")] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs of the classifier")] = 20,
     batch_size: Annotated[int, typer.Option(help="Samples at once")] = 2500,
     precision: Annotated[
@@ -145,13 +156,14 @@ def main(
         "command": " ".join(["python", *sys.argv]),
         "commit": commit or current_commit(),
         "num_samples": num_samples,
+        "num_runs": num_runs,
         "classifier_test_accuracy": round(accuracy, 4),
         "real_training_images": {"frechet": round(frechet_distance(evaluate(classifier, training)[1], real), 4)},
     }
 
     def measured(painter: BinaryLatentDiffusion | DiffusionEngine, settings: Iterable[tuple[str, float, int]]) -> dict[str, Any]:
         judge = partial(evaluate, classifier)
-        return measure(painter, test_images, test.labels, judge, settings, num_samples, batch_size)
+        return measure(painter, test_images, test.labels, judge, settings, num_samples, num_runs, batch_size)
 
     if precision:
         result["engines"] = {}
