@@ -1,4 +1,9 @@
-"""Every CUDA kernel once on small odd shapes, without pytest: what compute-sanitizer runs (see tests/gpu.sh)."""
+"""Every CUDA kernel once on small odd shapes, without pytest: what compute-sanitizer runs (see tests/gpu.sh).
+
+With --without-products all but the stream's products.
+"""
+
+import sys
 
 import torch
 
@@ -87,7 +92,7 @@ if torch.cuda.get_device_capability() == (9, 0):
     for scale in (None, one):  # bfloat16, e4m3
         # All shapes of tiles, of products that read and of products that add; of the last two sizes some blocks have two.
         sizes = ((400, 96, 320), (1000, 96, 3072), (2056, 96, 3072), (1000, 3072, 96), (2056, 3072, 96))
-        for rows, width, hidden in (*sizes, (400, 96, 3104), (400, 3104, 96)):
+        for rows, width, hidden in () if "--without-products" in sys.argv else (*sizes, (400, 96, 3104), (400, 3104, 96)):
             products(scale, rows, width, hidden)
         attention_to_stream(scale)
     for tokens in (257, 270):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import bldm
+import numpy as np
 import pytest
 import torch
 from bldm.engine.denoiser import Run
@@ -10,6 +11,7 @@ from bldm.sampling.call import Call
 from bldm.sampling.hooks import Denoised
 from conftest import require_backend, require_gpu
 from targets import HAS_GPU
+from test_models import PICTURES
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -235,12 +237,13 @@ def test_calibration_takes_given_latents(config: str, device: str) -> None:
 
 @torch.no_grad()
 def test_fp8_leaves_in_the_mean_what_a_trained_model_and_its_classes_say(device: str) -> None:
-    """Logits, and what a class changes in them, relative to the model's: without corrections 0.987 and 0.982 in the mean."""
+    """Logits, and what a class changes in them, relative to the model's: without corrections 0.988 and 0.979 in the mean."""
     whole = bldm.BinaryLatentDiffusion.from_pretrained(bldm.bundled_model(), map_location=device).eval()
-    model, schedule, labels = whole.denoiser, whole.schedule, torch.arange(20, device=device) % 10
+    model, schedule = whole.denoiser, whole.schedule
     engine = model.optimize("fp8", schedule=schedule, prediction=whole.prediction)
-    options: dict[str, Any] = {"latent_shape": whole.latent_shape, "prediction": whole.prediction}
-    x_0 = bldm.FastSampler(model, schedule, **options).sample(20, 8, seed=1, cond=labels)
+    pictures = np.load(PICTURES)
+    x_0 = whole.encode(torch.from_numpy(pictures["images"])[:, None].to(device).float() / 127.5 - 1)
+    labels = torch.from_numpy(pictures["labels"]).to(device).long()
 
     def left(found: Tensor, expected: Tensor) -> float:
         return ((found.double() * expected).sum() / expected.double().square().sum()).item()
@@ -252,7 +255,7 @@ def test_fp8_leaves_in_the_mean_what_a_trained_model_and_its_classes_say(device:
         found, expected = engine(x_t, times, labels), model(x_t, times, labels)
         of_logits.append(left(found, expected))
         of_classes.append(left(found - engine(x_t, times), expected - model(x_t, times)))
-    assert abs(sum(of_logits) / 4 - 1) < 5e-3 and abs(sum(of_classes) / 4 - 1) < 8e-3
+    assert abs(sum(of_logits) / 4 - 1) < 7e-3 and abs(sum(of_classes) / 4 - 1) < 1.3e-2
 
 
 def test_the_engine_leaves_the_model_alone() -> None:
