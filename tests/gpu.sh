@@ -32,9 +32,9 @@ tail -n 5 "$out/tests.log"
 if [ -z "${SKIP_SANITIZER:-}" ]; then
     for tool in memcheck racecheck initcheck synccheck; do
         options=(--tool "$tool" --error-exitcode 1) of=()
-        # One lane of a warp arrives for all of them, where they have met before. Products and layer_stack are left out, as it does not
-        # follow who arrives at a barrier that others wait for, or at another block's for all of its own; the emulated machine does
-        # (tests/emulator).
+        # One lane of a warp arrives for all of them, where they have met before. Three kernels are left out, as it does not follow who
+        # arrives at a barrier that others wait for, or at another block's for all of its own, nor who waits for a copy that waited for
+        # the rest; the emulated machine does (tests/emulator).
         [ "$tool" = racecheck ] && options+=(--racecheck-indirect-barrier-dependency) of=(--for-racecheck)
         step "$tool" 600 compute-sanitizer "${options[@]}" "$python" tests/sanitize.py "${of[@]}"
     done
