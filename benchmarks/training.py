@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from bldm.bench.run import commit as current_commit
 from bldm.denoiser import BinaryDenoiser
 from bldm.losses import DiffusionLoss
 from bldm.training.graph import WARM_UP
@@ -218,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--commit", help="of this source, where it is no git checkout")
     arguments = parser.parse_args()
     rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", rank)
@@ -232,14 +234,14 @@ def main() -> None:
             row = {"images_per_second": gpus * BATCH / row["mean_ms"] * 1e3, **row}
         if rank:
             continue
-        row = rounded({**row, "gpus": gpus, "seconds_in_all": time.perf_counter() - began})
+        of_run = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": arguments.commit or current_commit()}
+        row = rounded({**row, "gpus": gpus, "seconds_in_all": time.perf_counter() - began}) | of_run
         print(part, json.dumps(row), flush=True)
         results: Row = json.loads(path.read_text()) if path.exists() else {}
         results[part if gpus == 1 else f"{part}, {gpus} GPUs"] = row
         results["machine"] = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "command": "python -m benchmarks.training",
             "setting": f"batch {BATCH} a GPU, {TOKENS} x {BITS} bits, {SIZE}, bfloat16",
         }

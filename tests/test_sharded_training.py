@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: the model that DDP trains, checkpoints that resume exactly and fit both."""
+"""FSDP2 on two processes: the model that whole copies train, checkpoints that resume exactly and fit both."""
 
 import os
 import subprocess
@@ -53,13 +53,13 @@ def run(label, **changes):
     return train_denoiser(source, {**DENOISER, "dropout": 0.0}, pictures(), training, out, num_steps=16)
 
 run("fsdp")
-run("ddp")
+run("whole")
 run("fsdp-bf16", mixed_precision="bf16")
 run("fsdp-parts", max_minutes=1e-6)
 run("fsdp-parts", resume=True)
-run("ddp-first", max_minutes=1e-6)
+run("whole-first", max_minutes=1e-6)
 if rank == 0:
-    os.replace(folder / "ddp-first", folder / "fsdp-then")
+    os.replace(folder / "whole-first", folder / "fsdp-then")
 torch.distributed.barrier()
 run("fsdp-then", resume=True)
 name = "gan"
@@ -90,11 +90,11 @@ def test_two_processes_share_one_model(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[:5000]
-    names = ("fsdp", "ddp", "fsdp-bf16", "fsdp-parts", "fsdp-then")
+    names = ("fsdp", "whole", "fsdp-bf16", "fsdp-parts", "fsdp-then")
     models = {name: bldm.BinaryLatentDiffusion.from_pretrained(tmp_path / name) for name in names}
     states = {name: torch.load(tmp_path / name / "checkpoint.pt") for name in names}
     assert equal(models["fsdp"], models["fsdp-parts"])
-    for name, atol in (("ddp", 1e-5), ("fsdp-then", 1e-5), ("fsdp-bf16", 0.02)):
+    for name, atol in (("whole", 1e-5), ("fsdp-then", 1e-5), ("fsdp-bf16", 0.02)):
         for key, value in models["fsdp"].state_dict().items():
             torch.testing.assert_close(models[name].state_dict()[key], value, rtol=0, atol=atol)
         assert states[name]["step"] == 20 and states[name]["averaged"] == 20
@@ -102,13 +102,13 @@ def test_two_processes_share_one_model(tmp_path: Path) -> None:
         name: [{k: v.shape for k, v in moments.items()} for moments in state["optimizer"]["state"].values()]
         for name, state in states.items()
     }
-    assert all(shape == shapes["ddp"] for shape in shapes.values())  # whole, whoever wrote them
+    assert all(shape == shapes["whole"] for shape in shapes.values())  # whole, whoever wrote them
     for one, other in zip(*(states[name]["optimizer"]["state"].values() for name in ("fsdp", "fsdp-parts")), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     order, others = (torch.load(tmp_path / f"rows{rank}.pt") for rank in (0, 1))
     for name in names[:4]:
         assert len(order[name]) == 20 and all(map(torch.equal, order[name], others[name]))
-        assert all(map(torch.equal, order[name], order["ddp"]))  # the same seed, the same order of the data
+        assert all(map(torch.equal, order[name], order["whole"]))  # the same seed, the same order of the data
     assert any((tmp_path / "fsdp-log").iterdir())
     one, other = (torch.load(tmp_path / f"gan{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(one[key], other[key]) and bool(one[key].isfinite().all()) for key in one)

@@ -100,7 +100,7 @@ def train_autoencoder(
         terms["code_entropy"] = code_entropy(logits)
         loss = reconstruction - entropy_weight * terms["code_entropy"]
         if adversary is not None:
-            last = accel.unwrap_model(trained).decoder[-1].weight
+            last = trained.decoder[-1].weight  # type: ignore[index, union-attr]
             terms |= adversary.generator_loss(x, decoded, reconstruction, last, step)
             loss = loss + terms.get("gan", 0.0)
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}

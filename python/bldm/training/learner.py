@@ -27,19 +27,19 @@ class Learner:
     Under "bf16" forward and backward run on a copy of the model in bfloat16, refreshed after every step, so that no activation
     and no gradient is float32; AdamW, clipping and the average work on the float32 weights (Micikevicius et al. 2018).
 
-    On one GPU a denoiser's forward and backward are CUDA graphs; on compute capability 9.0, in bfloat16, with the operators of
+    On a GPU a denoiser's forward and backward are CUDA graphs; on compute capability 9.0, in bfloat16, with the operators of
     `bldm_kernels.training`.
 
     Args:
         model: what learns, without buffers; moved to the device, in training mode.
         options: learning rate, precision, clipping, and so on.
-        accel: the `accelerate.Accelerator`; with several processes the gradients are averaged over them (DDP), or with
-            `options.fsdp`, or a launcher that says so, everything is sharded too (FSDP2).
+        accel: the `accelerate.Accelerator`; with several processes all have the model, and their gradients are averaged; or
+            with `options.fsdp`, or a launcher that says so, everything is sharded (FSDP2).
         betas: of AdamW.
 
     Attributes:
         model: the float32 weights; sharded under FSDP2.
-        module: what to call: the model, its copy, or what accelerate wrapped around them.
+        module: what to call: the model, or its copy, maybe as graphs.
         ema: the `AveragedModel` (of this process's shards under FSDP2).
     """
 
@@ -62,15 +62,14 @@ class Learner:
             self.ema = AveragedModel(model)
             self.ema.module.eval()
             self.copy = copy.deepcopy(model).to(torch.bfloat16) if bf16 else None
-            self.optimizer = FlatAdamW(model, self.ema.module, self.copy, betas, options.weight_decay)
-            computes = model if self.copy is None else self.copy
-            # DDP keeps what belongs to no graph.
-            if isinstance(model, BinaryDenoiser) and accel.device.type == "cuda" and accel.num_processes == 1:
+            self.optimizer = FlatAdamW(
+                model, self.ema.module, self.copy, betas, options.weight_decay, processes=accel.num_processes
+            )
+            self.module = model if self.copy is None else self.copy
+            if isinstance(model, BinaryDenoiser) and accel.device.type == "cuda":
                 if bf16 and torch.cuda.get_device_capability(accel.device) == (9, 0):
-                    fuse(computes)
-                computes = Graphed(computes)
-            # Not placed on the device again, which could give the parameters memory of their own.
-            self.module = accel.prepare_model(computes, device_placement=False)
+                    fuse(self.module)
+                self.module = Graphed(self.module)
         if options.compile:
             compile_blocks(model if self.copy is None else self.copy)
 

@@ -16,7 +16,7 @@ class TrainOptions:
         lr_schedule: "cosine" (decay to a hundredth) or "constant", both after a linear warm-up.
         mixed_precision: "no", or "bf16": the model computes in bfloat16, beside float32 weights that learn.
         compile: compile the model's blocks.
-        fsdp: shard weights, gradients and optimiser over the processes (FSDP2), instead of a copy on each (DDP).
+        fsdp: shard weights, gradients and optimiser over the processes (FSDP2), instead of a copy on each.
         save_every: steps between checkpoints.
         image_every: steps between sample grids in TensorBoard; needs log_dir.
     """

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 ALIGNMENT = 64  # elements: what matrix products want of their operands, in any dtype
 
@@ -22,6 +22,8 @@ class FlatAdamW:
         average: the same model again, whose parameters follow as an exponential moving average.
         copy: the same model in the dtype it computes in, or None if `model` itself does.
         betas, eps, weight_decay: as in `torch.optim.AdamW`, whose `state_dict` this one's is like.
+        processes: of torch.distributed, all of them if more than one: they begin with the weights of the first, and every step
+            takes the mean of their gradients.
     """
 
     def __init__(
@@ -32,8 +34,9 @@ class FlatAdamW:
         betas: tuple[float, float],
         weight_decay: float,
         eps: float = 1e-8,
+        processes: int = 1,
     ):
-        self.betas, self.weight_decay, self.eps, self.steps = betas, weight_decay, eps, 0
+        self.betas, self.weight_decay, self.eps, self.processes, self.steps = betas, weight_decay, eps, processes, 0
         self._computing = list((model if copy is None else copy).parameters())
         self._shapes = [p.shape for p in model.parameters()]
         self.weights, self.average = self._gather(model.parameters()), self._gather(average.parameters())
@@ -42,6 +45,10 @@ class FlatAdamW:
         self._gradients = self._views(self.gradient)
         self.moments = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self._pass = torch.compile(_pass, fullgraph=True) if self.weights.is_cuda else _pass
+        if processes > 1:
+            distributed.broadcast(self.weights, 0)
+            self.average.copy_(self.weights)
+            self.refresh()
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         views, first = [], 0
@@ -70,8 +77,10 @@ class FlatAdamW:
         torch._foreach_copy_([view for view, _ in pairs], [gradient for _, gradient in pairs])
         for parameter in self._computing:
             parameter.grad = None
-        norm = torch.linalg.vector_norm(self.gradient, dtype=torch.float32)
-        scale = (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        if self.processes > 1:
+            distributed.all_reduce(self.gradient)  # their sum
+        norm = torch.linalg.vector_norm(self.gradient, dtype=torch.float32) / self.processes
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0) / self.processes  # as torch.nn.utils.clip_grad_norm_
         b1, b2 = self.betas
         shrink, rate = 1 - lr * self.weight_decay, lr / (1 - b1**self.steps)
         numbers = torch.tensor([shrink, rate, 1 / math.sqrt(1 - b2**self.steps), self.eps, 1 - b1, 1 - b2, 1 - decay])
