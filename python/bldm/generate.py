@@ -51,8 +51,8 @@ class SampleFolder:
     """Numbered samples in a folder: images 000000.png, 000001.png, ..., or packed latents latents-000000.safetensors, ...
 
     A piece is a batch: samples i * piece to (i + 1) * piece. Which bits a sample gets depends on the seed and its number alone,
-    and batches are the same however many processes share the work, so the folder is the same too. A process that is
-    started again skips the pieces that are there.
+    and batches are the same however many processes share the work, so the folder is the same too, where the model's logits
+    are. A process that is started again skips the pieces that are there.
 
     Args:
         path: the folder; it holds the settings too (sampling.json).
