@@ -73,8 +73,8 @@ def measure(
     num_runs: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Reconstructions of the test images, and samples at every (rule, guidance, steps), means of
-    `num_runs` runs with seeds of their own; `judge` gives classes and features."""
+    """Reconstructions of the test images, and samples at every (rule, guidance, steps), means of `num_runs` runs with seeds of
+    their own; `judge` gives classes and features."""
     real = judge(test_images)[1]
     decoded = torch.cat([model.decode(model.encode(x)) for x in test_images.split(1000)])
     decoded_predicted, decoded_features = judge(decoded)

@@ -73,8 +73,8 @@ def gain(engine: Callable[..., Tensor], calls: Sequence[Call]) -> Tensor:
 
     What softmax and norms make of values with noise is a little shorter than of those without (what is lost in a product of
     rounded values, its scale makes up for: rounding.py). It adds up to about 1%, for which samples look less like their class.
-    Here the mean of <model, model> / <model, engine> over the calls, so
-    that late steps with their large logits count no more than early ones; 1 where the engine has less than half of the model's.
+    Here the mean of <model, model> / <model, engine> over the calls, so that late steps with their large logits count no more
+    than early ones; 1 where the engine has less than half of the model's.
     """
     ratios = []
     for x_t, t, label, logits in calls:
