@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from targets import HAS_GPU
+from conftest import require_gpu
 
 JOB = """
 import torch
@@ -49,13 +49,15 @@ accel.wait_for_everyone()
 """
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="needs a GPU"))])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_processes_learn_what_one_does(device: str, tmp_path: Path) -> None:
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("one GPU only")
+    on_cpu = device == "cpu"
+    if not on_cpu:
+        require_gpu()
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one GPU only")
     (tmp_path / "job.py").write_text(JOB)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    on_cpu = device == "cpu"
     environment |= {"ACCELERATE_USE_CPU": str(on_cpu).lower()} | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "job.py"]

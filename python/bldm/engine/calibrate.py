@@ -14,6 +14,7 @@ from bldm_kernels.inference.attention import E4M3_MAX
 
 from ..denoiser import BinaryDenoiser, Block
 from ..sampling import FastSampler
+from ..sampling.execution import Anatomy
 from .blocks import Scales
 
 SAMPLES, STEPS = 16, 8
@@ -53,7 +54,7 @@ def calibrate(
         assert model.null_label is not None
         turns = torch.arange(count, device=model.positions.device)
         cond = torch.where(turns % 4 == 3, model.null_label, turns % model.num_classes)
-    with evaluating(model), recorded(model) as calls, observed(model) as largest, torch.no_grad():
+    with Anatomy(model).evaluating(), recorded(model) as calls, observed(model) as largest, torch.no_grad():
         if latents is None:
             sampler = FastSampler(
                 model, schedule, latent_shape=(model.num_positions, model.num_bits), prediction=prediction, graph=False
@@ -82,18 +83,6 @@ def gain(engine: Callable[..., Tensor], calls: Sequence[Call]) -> Tensor:
         whole, common = model.square().sum(), (model * found).sum()
         ratios.append(torch.where(common > whole / 2, whole / common, 1.0))
     return torch.stack(ratios).mean()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in its evaluation mode; afterwards in the one that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

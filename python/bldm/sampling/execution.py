@@ -52,7 +52,7 @@ class Anatomy:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Dropout off while sampling; afterwards every part is back in the mode it was in."""
+        """Dropout off; afterwards every part is back in the mode it was in."""
         training = [part for part in self.parts if part.training]
         for part in training:
             part.training = False
